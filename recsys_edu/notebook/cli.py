@@ -1,0 +1,93 @@
+"""The commands behind `recsys_edu ...`; each imports what it needs when it is called.
+
+recsys_edu doctor                       what is installed and what to do about mismatches
+recsys_edu data fetch                   MovieLens-100K into the cache
+recsys_edu demo                         fetch the data, run notebook 00, print its numbers
+recsys_edu notebooks run 02 --profile ci
+recsys_edu bench                        every benchmark of the checkout
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+Command = Callable[[list[str]], int]
+
+
+def doctor(arguments: list[str]) -> int:
+    """what is installed, which kernels run and why, and the cure of each mismatch"""
+    from recsys_edu.notebook.doctor import main as run_doctor
+
+    return run_doctor()
+
+
+def data(arguments: list[str]) -> int:
+    """`data fetch` puts MovieLens-100K into the cache"""
+    from recsys_edu.datasets.download import FOLDER_NAME, DataUnavailableError, fetch_movielens_100k
+
+    if arguments[:1] != ["fetch"] or arguments[1:] not in ([], [FOLDER_NAME]):
+        print(f"usage: recsys_edu data fetch [{FOLDER_NAME}]", file=sys.stderr)
+        return 2
+    try:
+        print(f"MovieLens-100K: {fetch_movielens_100k()}")
+    except DataUnavailableError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def notebooks(arguments: list[str]) -> int:
+    """`notebooks run` executes notebooks and writes the report (`notebooks run --help`)"""
+    from recsys_edu.notebook.__main__ import main as run_notebooks
+
+    return run_notebooks(arguments)
+
+
+def demo(arguments: list[str]) -> int:
+    """MovieLens-100K through notebook 00: its numbers, and where the report lies"""
+    start = time.monotonic()
+    status = data(["fetch"]) or notebooks(["run", "00", "--profile", "course", *arguments])
+    if status == 0:
+        print(f"done in {time.monotonic() - start:.0f} s. Next: make lab, or open notebooks/ in any Jupyter")
+    return status
+
+
+def bench(arguments: list[str]) -> int:
+    """every benchmark of the checkout, or those whose names contain the arguments"""
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    scripts = [path for path in sorted(folder.glob("bench_*.py")) if all(text in path.stem for text in arguments)]
+    if not scripts:
+        print(f"no benchmark in {folder} matches {' '.join(arguments) or 'bench_*.py'}", file=sys.stderr)
+        return 2
+    failed = [path.name for path in scripts if subprocess.run([sys.executable, str(path)], check=False).returncode]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+COMMANDS: dict[str, Command] = {each.__name__: each for each in (doctor, data, demo, notebooks, bench)}
+
+
+def usage() -> str:
+    lines = [f"  recsys_edu {name:<10} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: recsys_edu COMMAND ...", "", *lines])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 when it succeeded, 2 when there is no such command."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] in ([], ["-h"], ["--help"]):
+        print(usage())
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"no command {arguments[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return COMMANDS[arguments[0]](arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
