@@ -1,0 +1,61 @@
+"""Ids are checked once, before the fast kernels run unchecked: a wrong id there would read or write foreign memory.
+
+Shapes: L lanes, N values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_ids(
+    values_N: Tensor,
+    lane_offsets: Sequence[int] | Tensor,
+    features: Sequence[str],
+    tables: Sequence[str],
+    num_rows: Sequence[int],
+) -> None:
+    """Refuse ids outside their table.
+
+    Args:
+        values_N: ids, lane after lane.
+        lane_offsets: L + 1 positions: lane l owns `values[lane_offsets[l] : lane_offsets[l + 1]]`.
+        features, tables, num_rows: per lane the feature's name, the table's name and its number of rows.
+
+    Raises:
+        IndexError: naming the feature, the id, the table and its size.
+        ValueError: offsets that do not cover the values.
+
+    >>> check_ids(torch.tensor([0, 9]), [0, 2], ["item"], ["t_item"], [5])
+    Traceback (most recent call last):
+    IndexError: feature 'item': id 9 at position 1 of its values is not in table 't_item', whose 5 rows are 0 ... 4
+    """
+    num_values = values_N.numel()
+    if isinstance(lane_offsets, Tensor):
+        lane_offsets = lane_offsets.tolist()  # host sync: a slice per lane needs its bounds on the host
+    if len(lane_offsets) != len(features) + 1 or (features and lane_offsets[-1] != num_values) or lane_offsets[0] != 0:
+        raise ValueError(
+            f"{len(features)} lanes and {num_values} values need {len(features) + 1} lane offsets from 0 to "
+            f"{num_values}, got {list(lane_offsets)}"
+        )
+    if num_values == 0 or not features:
+        return
+    filled = [lane for lane in range(len(features)) if lane_offsets[lane] < lane_offsets[lane + 1]]
+    extremes = [torch.aminmax(values_N[lane_offsets[lane] : lane_offsets[lane + 1]]) for lane in filled]
+    smallest, largest = torch.stack([torch.stack(pair) for pair in extremes]).t().tolist()  # host sync: the verdict
+    for lane, low, high in zip(filled, smallest, largest):
+        if low < 0 or high >= num_rows[lane]:
+            ids = values_N[lane_offsets[lane] : lane_offsets[lane + 1]]
+            raise _out_of_range(ids, features[lane], tables[lane], num_rows[lane])
+
+
+def _out_of_range(ids: Tensor, feature: str, table: str, num_rows: int) -> IndexError:
+    position = int(((ids < 0) | (ids >= num_rows)).nonzero()[0])
+    rows = f"whose {num_rows} rows are 0 ... {num_rows - 1}" if num_rows else "which has no rows"
+    return IndexError(
+        f"feature {feature!r}: id {int(ids[position])} at position {position} of its values is not in table "
+        f"{table!r}, {rows}"
+    )

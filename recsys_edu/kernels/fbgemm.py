@@ -1,0 +1,199 @@
+"""The lookup by FBGEMM: all tables of a process in one table-batched call.
+
+FBGEMM wants every table in ONE flat buffer and walks it by offsets:
+
+    flat    | t0: R0 x D0 | t1: R1 x D1 | ...        weights_offsets[lane] says where the lane's table starts
+    output  | lane 0's D  | lane 1's D  | ...        D_offsets[lane] says where the lane's columns start
+
+Its limits, found by trying (version 1.8.0, CPU), are written down in `why_not_lookup` and `why_not_fused`; the kernels
+ask those first, so a spec that FBGEMM would get wrong never reaches it.
+Ids stay in the integer type they come in (int32 and int64 ran equally fast); offsets follow them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recsys_edu.kernels.backend import fbgemm_status
+from recsys_edu.kernels.optimizers import ROW_OPTIMIZERS
+from recsys_edu.kernels.spec import KernelSpec, OptimizerSpec
+
+POOLING_SUM = 0  # FBGEMM's codes
+OUTPUT_FP32 = 0
+DIM_MULTIPLE = 4  # the width of FBGEMM's vectors
+
+
+def why_not_lookup(dims: Sequence[int], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why FBGEMM cannot compute a pooled lookup here, in words; None when it can."""
+    if not fbgemm_status().available:
+        return fbgemm_status().reason
+    odd = [dim for dim in dims if dim % DIM_MULTIPLE]
+    if odd:
+        return f"FBGEMM needs dims that are multiples of {DIM_MULTIPLE}, got {odd[0]}"
+    if device.type not in ("cpu", "cuda"):
+        return f"FBGEMM has no kernels for {device.type}"
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "FBGEMM's CPU lookup has no BF16"
+    return None
+
+
+def why_not_fused(spec: KernelSpec, device: torch.device) -> str | None:
+    """Why FBGEMM cannot run this spec's fused optimizer inside its own backward, in words; None when it can."""
+    kind = spec.optimizer.kind
+    if device.type not in ROW_OPTIMIZERS[kind].fbgemm_devices:
+        return f"FBGEMM does not fuse {kind} on {device.type}"
+    if spec.optimizer.weight_decay and kind in ("SGD", "ADAGRAD"):
+        return f"FBGEMM's {kind} has no weight decay"
+    runs = [table for table, _ in itertools.groupby(spec.lane_tables)]
+    if len(runs) != len(set(runs)):
+        return "lanes that share a table are not side by side, which FBGEMM's backward would take for several tables"
+    if sum(spec.tables[table].num_rows for table in runs) == 0:
+        return "there are no rows to look up"
+    return None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where FBGEMM finds each lane's table in the flat buffer and its columns in the output."""
+
+    weights_offsets_L: Tensor
+    columns: Tensor  # D_offsets, [L + 1]
+    total_dim: int
+    max_dim: int
+    row_starts: Tensor  # hash_size_cumsum, [L + 1]
+    row_bits: int
+
+
+@functools.lru_cache(maxsize=256)
+def layout(shapes: tuple[tuple[int, int], ...], lane_tables: tuple[int, ...], device: torch.device) -> Layout:
+    """Derive the layout of tables laid end to end. Cached: it depends on nothing but its arguments."""
+    elements = list(itertools.accumulate((rows * dim for rows, dim in shapes), initial=0))
+    rows = list(itertools.accumulate((rows for rows, _ in shapes), initial=0))
+    columns = list(itertools.accumulate((shapes[table][1] for table in lane_tables), initial=0))
+    return Layout(
+        weights_offsets_L=torch.tensor([elements[table] for table in lane_tables], device=device),
+        columns=torch.tensor(columns, dtype=torch.int32, device=device),
+        total_dim=columns[-1],
+        max_dim=max((shapes[table][1] for table in lane_tables), default=0),
+        row_starts=torch.tensor([rows[table] for table in lane_tables] + rows[-1:], device=device),
+        row_bits=rows[-1].bit_length(),
+    )
+
+
+def flat_pooled_lookup(
+    flat: Tensor, where: Layout, values_N: Tensor, offsets: Tensor, per_sample_weights_N: Tensor | None = None
+) -> Tensor:
+    """The raw call: pooled sums [B, sum of lane dims] from a flat buffer, differentiable in `flat` and the weights.
+
+    `values_N` and `offsets` share one integer type. Ids are NOT checked.
+    """
+    return torch.ops.fbgemm.dense_embedding_codegen_lookup_function(
+        dev_weights=flat,
+        weights_offsets=where.weights_offsets_L,
+        D_offsets=where.columns,
+        total_D=where.total_dim,
+        max_D=where.max_dim,
+        hash_size_cumsum=where.row_starts,
+        total_hash_size_bits=where.row_bits,
+        indices=values_N,
+        offsets=offsets,
+        pooling_mode=POOLING_SUM,
+        indice_weights=per_sample_weights_N,
+        feature_requires_grad=None,
+        output_dtype=OUTPUT_FP32,
+    )
+
+
+class FbgemmFusedTables(nn.Module):
+    """Tables whose optimizer FBGEMM runs inside backward (SplitTableBatchedEmbeddingBagsCodegen).
+
+    Tables that no lane reads stay outside of FBGEMM, which demands a lane for each of its tables.
+    """
+
+    def __init__(self, spec: KernelSpec, device: torch.device) -> None:
+        super().__init__()
+        # In the order of first use: FBGEMM's backward expects the tables of its lanes to ascend.
+        self.table_order = list(dict.fromkeys(spec.lane_tables))
+        self.tbe = _table_batched(spec, self.table_order, device)
+
+    def lookup(self, values_N: Tensor, offsets: Tensor, per_sample_weights_N: Tensor | None) -> Tensor:
+        return self.tbe(values_N, offsets, per_sample_weights_N)
+
+    @property
+    def steps(self) -> Tensor:
+        """FBGEMM's live step count, on the host, [1]. It counts training forwards."""
+        return self.tbe.iter_cpu
+
+    def weights(self) -> dict[int, Tensor]:
+        """Table index -> live weights [R, D]."""
+        return dict(zip(self.table_order, self.tbe.split_embedding_weights()))
+
+    def optimizer_state(self, kind: str) -> dict[int, dict[str, Tensor]]:
+        """Table index -> live state."""
+        names = list(ROW_OPTIMIZERS[kind].state)
+        states = self.tbe.split_optimizer_states() if names else [[] for _ in self.table_order]
+        return {table: dict(zip(names, tensors)) for table, tensors in zip(self.table_order, states)}
+
+
+def _table_batched(spec: KernelSpec, table_order: list[int], device: torch.device) -> nn.Module:
+    from fbgemm_gpu.split_embedding_configs import SparseType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
+        BoundsCheckMode,
+        EmbeddingLocation,
+        PoolingMode,
+    )
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    on_cpu = device.type == "cpu"
+    location = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
+    compute = ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA
+    tables = [spec.tables[table] for table in table_order]
+    tbe = SplitTableBatchedEmbeddingBagsCodegen(
+        embedding_specs=[(table.num_rows, table.dim, location, compute) for table in tables],
+        feature_table_map=[table_order.index(table) for table in spec.lane_tables],
+        weights_precision=SparseType(spec.data_type.value.lower()),
+        output_dtype=SparseType.FP32,
+        pooling_mode=PoolingMode.SUM if spec.pooled else PoolingMode.NONE,
+        bounds_check_mode=BoundsCheckMode.NONE,
+        stochastic_rounding=False,  # the nearest number, as the PyTorch kernel rounds
+        device=device,
+        table_names=[table.name for table in tables],
+        **_optimizer_arguments(spec.optimizer),
+    )
+    for weights in tbe.split_embedding_weights():
+        weights.zero_()
+    return tbe
+
+
+def _optimizer_arguments(optimizer: OptimizerSpec) -> dict[str, Any]:
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
+
+    kinds = {
+        "SGD": EmbOptimType.EXACT_SGD,
+        "ADAGRAD": EmbOptimType.EXACT_ADAGRAD,
+        "ROWWISE_ADAGRAD": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        "ADAM": EmbOptimType.ADAM,
+        "PARTIAL_ROWWISE_ADAM": EmbOptimType.PARTIAL_ROWWISE_ADAM,
+    }
+    arguments = {
+        "optimizer": kinds[optimizer.kind],
+        "learning_rate": optimizer.learning_rate,
+        "eps": optimizer.eps,
+        "beta1": optimizer.beta1,
+        "beta2": optimizer.beta2,
+        "weight_decay": optimizer.weight_decay,
+    }
+    if optimizer.kind == "ROWWISE_ADAGRAD" and optimizer.weight_decay:
+        arguments["weight_decay_mode"] = WeightDecayMode.L2
+    return arguments
