@@ -1,0 +1,36 @@
+"""Optimizers that go by parameter names, and optimizers that run inside backward."""
+
+from recsys_edu.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from recsys_edu.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
+from recsys_edu.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
+from recsys_edu.optim.optimizers import (
+    LAMB,
+    SGD,
+    Adagrad,
+    Adam,
+    LarsSGD,
+    PartialRowWiseAdam,
+    PartialRowWiseLAMB,
+    in_backward_optimizer_filter,
+)
+from recsys_edu.optim.rowwise_adagrad import RowWiseAdagrad
+
+__all__ = [
+    "Adagrad",
+    "Adam",
+    "CombinedOptimizer",
+    "EmptyFusedOptimizer",
+    "FusedOptimizer",
+    "FusedOptimizerModule",
+    "KeyedOptimizer",
+    "KeyedOptimizerWrapper",
+    "LAMB",
+    "LarsSGD",
+    "OptimizerWrapper",
+    "PartialRowWiseAdam",
+    "PartialRowWiseLAMB",
+    "RowWiseAdagrad",
+    "SGD",
+    "apply_optimizer_in_backward",
+    "in_backward_optimizer_filter",
+]

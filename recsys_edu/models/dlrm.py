@@ -1,0 +1,334 @@
+"""DLRM, the deep learning recommendation model (Naumov et al., arXiv:1906.00091).
+
+    dense  [B, I] --- DenseArch (MLP) ------------ [B, D] --+
+                                                            +-- InteractionArch -- OverArch (MLP) -- logit [B, 1]
+    sparse KJT ------ SparseArch (tables) ---- [B, F, D] ---+
+
+Shapes: B batch, I dense inputs, F sparse features, D embedding columns, P = (F + 1) * F / 2 pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from recsys_edu.datasets.utils import Batch
+from recsys_edu.modules.crossnet import LowRankCrossNet
+from recsys_edu.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
+from recsys_edu.modules.mlp import MLP
+from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor
+
+
+def choose(n: int, k: int) -> int:
+    """How many ways to pick k of n; 0 where there are none.
+
+    >>> choose(4, 2), choose(2, 4)
+    (6, 0)
+    """
+    if not 0 <= k <= n:
+        return 0
+    ways = 1
+    for step in range(1, min(k, n - k) + 1):
+        ways = ways * (n - step + 1) // step
+    return ways
+
+
+class SparseArch(nn.Module):
+    """The embedding tables: ids in, one vector per example and feature out.
+
+    Forward: KJT to `[B, F, D]`, features in the collection's order.
+
+    Raises:
+        AssertionError: no tables, or tables of different embedding_dim.
+
+    Counterpart: torchrec.models.dlrm.SparseArch.
+    """
+
+    def __init__(self, embedding_bag_collection: EmbeddingBagCollection) -> None:
+        super().__init__()
+        self.embedding_bag_collection = embedding_bag_collection
+        self.D = _common_dim(embedding_bag_collection)
+        names = get_embedding_names_by_table(embedding_bag_collection.embedding_bag_configs())
+        self._sparse_feature_names = [name for table_names in names for name in table_names]
+        self.F = len(self._sparse_feature_names)
+
+    def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
+        return self.embedding_bag_collection(features).values().reshape(-1, self.F, self.D)
+
+    @property
+    def sparse_feature_names(self) -> list[str]:
+        """Feature names in output order."""
+        return self._sparse_feature_names
+
+
+class DenseArch(nn.Module):
+    """The bottom MLP, which brings the dense inputs to the width of an embedding: `[B, I]` to `[B, D]`.
+
+    Counterpart: torchrec.models.dlrm.DenseArch.
+    """
+
+    def __init__(self, in_features: int, layer_sizes: list[int], device: torch.device | None = None) -> None:
+        super().__init__()
+        self.model = MLP(in_features, layer_sizes, bias=True, activation="relu", device=device)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.model(features)
+
+
+class InteractionArch(nn.Module):
+    """The dense vector, and how much each pair of vectors agrees.
+
+        vectors    dense, f1, f2                       F = 2
+        pairs      dense.f1, dense.f2, f1.f2           C(3, 2) = 3 dot products
+        output     [dense | pairs]                     [B, D + 3]
+
+    Forward: dense `[B, D]` and sparse `[B, F, D]` to `[B, D + C(F + 1, 2)]`; without sparse features the
+    dense vector alone.
+
+    Counterpart: torchrec.models.dlrm.InteractionArch.
+    """
+
+    def __init__(self, num_sparse_features: int) -> None:
+        super().__init__()
+        self.F = num_sparse_features
+        rows, columns = torch.triu_indices(self.F + 1, self.F + 1, offset=1)
+        # positions of the pairs in a flattened (F+1) x (F+1) matrix: one gather instead of two index tensors
+        self.register_buffer("_pair_positions", rows * (self.F + 1) + columns, persistent=False)
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: torch.Tensor) -> torch.Tensor:
+        if self.F <= 0:
+            return dense_features
+        vectors = torch.cat((dense_features.unsqueeze(1), sparse_features), dim=1)
+        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
+        pairs_BP = products.index_select(1, self._pair_positions)
+        return torch.cat((dense_features, pairs_BP), dim=1)
+
+
+class InteractionDCNArch(nn.Module):
+    """All vectors side by side through a cross network: `[B, (F + 1) * D]` in and out.
+
+    Counterpart: torchrec.models.dlrm.InteractionDCNArch. DCN v2: Wang et al., arXiv:2008.13535.
+    """
+
+    def __init__(self, num_sparse_features: int, crossnet: nn.Module) -> None:
+        super().__init__()
+        self.F = num_sparse_features
+        self.crossnet = crossnet
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: torch.Tensor) -> torch.Tensor:
+        if self.F <= 0:
+            return dense_features
+        return self.crossnet(torch.cat((dense_features, sparse_features.flatten(1)), dim=1))
+
+
+class InteractionProjectionArch(nn.Module):
+    """Dot products between learned mixtures of the vectors instead of between all pairs.
+
+        all vectors [B, (F+1) * D]  -- branch 1 -->  [B, F1, D] \\
+                                    -- branch 2 -->  [B, D, F2] -- product [B, F1 * F2], after the dense vector
+
+    Forward: `[B, D]` and `[B, F, D]` to `[B, D + F1 * F2]`.
+
+    Counterpart: torchrec.models.dlrm.InteractionProjectionArch.
+    """
+
+    def __init__(
+        self, num_sparse_features: int, interaction_branch1: nn.Module, interaction_branch2: nn.Module
+    ) -> None:
+        super().__init__()
+        self.F = num_sparse_features
+        self.interaction_branch1 = interaction_branch1
+        self.interaction_branch2 = interaction_branch2
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: torch.Tensor) -> torch.Tensor:
+        if self.F <= 0:
+            return dense_features
+        batch_size, dim = dense_features.shape
+        vectors = torch.cat((dense_features, sparse_features.flatten(1)), dim=1)
+        left = self.interaction_branch1(vectors).reshape(batch_size, -1, dim)
+        right = self.interaction_branch2(vectors).reshape(batch_size, dim, -1)
+        return torch.cat((dense_features, torch.bmm(left, right).flatten(1)), dim=1)
+
+
+class OverArch(nn.Module):
+    """The top MLP: ReLU layers, then a Linear without activation that gives the logit.
+
+    Raises:
+        ValueError: fewer than two layers.
+
+    Counterpart: torchrec.models.dlrm.OverArch.
+    """
+
+    def __init__(self, in_features: int, layer_sizes: list[int], device: torch.device | None = None) -> None:
+        super().__init__()
+        if len(layer_sizes) < 2:
+            raise ValueError(f"OverArch must have multiple layers, got layer_sizes={layer_sizes}")
+        self.model = nn.Sequential(
+            MLP(in_features, layer_sizes[:-1], bias=True, activation="relu", device=device),
+            nn.Linear(layer_sizes[-2], layer_sizes[-1], bias=True, device=device),
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.model(features)
+
+
+class DLRM(nn.Module):
+    """The recommendation model: dense and sparse features in, one logit per example out.
+
+    >>> from recsys_edu.modules.embedding_configs import EmbeddingBagConfig
+    >>> film = EmbeddingBagConfig(name="film", num_embeddings=100, embedding_dim=8, feature_names=["film"])
+    >>> model = DLRM(EmbeddingBagCollection([film]), 13, [32, 8], [16, 1])
+    >>> ids = KeyedJaggedTensor.from_lengths_sync(["film"], torch.tensor([7, 2, 3]), torch.tensor([2, 1]))
+    >>> model(torch.zeros(2, 13), ids).shape
+    torch.Size([2, 1])
+
+    `dense_arch_layer_sizes` ends with the tables' embedding_dim, `over_arch_layer_sizes` with 1 (one
+    task). Children: `sparse_arch.embedding_bag_collection`, `dense_arch.model`, `inter_arch`,
+    `over_arch.model`.
+
+    Raises:
+        AssertionError: no tables, or tables of different embedding_dim.
+        ValueError: the dense arch's last layer is not as wide as an embedding.
+
+    Counterpart: torchrec.models.dlrm.DLRM.
+    """
+
+    def __init__(
+        self,
+        embedding_bag_collection: EmbeddingBagCollection,
+        dense_in_features: int,
+        dense_arch_layer_sizes: list[int],
+        over_arch_layer_sizes: list[int],
+        dense_device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        embedding_dim = _check_dense_width(embedding_bag_collection, dense_arch_layer_sizes)
+        self.sparse_arch = SparseArch(embedding_bag_collection)
+        num_sparse_features = len(self.sparse_arch.sparse_feature_names)
+        self.dense_arch = DenseArch(dense_in_features, dense_arch_layer_sizes, device=dense_device)
+        self.inter_arch: nn.Module = InteractionArch(num_sparse_features)
+        self.over_arch = OverArch(
+            embedding_dim + choose(num_sparse_features + 1, 2), over_arch_layer_sizes, device=dense_device
+        )
+        if dense_device is not None:
+            self.inter_arch.to(dense_device)
+
+    def compile_dense_path(self, compile_mode: str = "reduce-overhead") -> None:
+        """Compile everything but the tables with torch.compile."""
+        self.dense_arch = torch.compile(self.dense_arch, mode=compile_mode)
+        self.inter_arch = torch.compile(self.inter_arch, mode=compile_mode)
+        self.over_arch = torch.compile(self.over_arch, mode=compile_mode)
+
+    def forward(self, dense_features: torch.Tensor, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
+        # sparse first: a sharded collection starts its exchange here and the bottom MLP hides it
+        embedded_sparse = self.sparse_arch(sparse_features)
+        embedded_dense = self.dense_arch(dense_features)
+        return self.over_arch(self.inter_arch(embedded_dense, embedded_sparse))
+
+
+class DLRM_Projection(DLRM):
+    """DLRM with InteractionProjectionArch: both branches end in a multiple of the embedding_dim.
+
+    Raises:
+        ValueError: a width that does not fit.
+
+    Counterpart: torchrec.models.dlrm.DLRM_Projection.
+    """
+
+    def __init__(
+        self,
+        embedding_bag_collection: EmbeddingBagCollection,
+        dense_in_features: int,
+        dense_arch_layer_sizes: list[int],
+        over_arch_layer_sizes: list[int],
+        interaction_branch1_layer_sizes: list[int],
+        interaction_branch2_layer_sizes: list[int],
+        dense_device: torch.device | None = None,
+    ) -> None:
+        dim = _check_dense_width(embedding_bag_collection, dense_arch_layer_sizes)
+        for branch, sizes in enumerate((interaction_branch1_layer_sizes, interaction_branch2_layer_sizes), start=1):
+            if sizes[-1] % dim != 0:
+                raise ValueError(
+                    f"Final interaction branch{branch} layer size ({sizes[-1]}) is not a multiple of "
+                    f"embedding size ({dim})"
+                )
+        super().__init__(
+            embedding_bag_collection, dense_in_features, dense_arch_layer_sizes, over_arch_layer_sizes, dense_device
+        )
+        num_sparse_features = len(self.sparse_arch.sparse_feature_names)
+        vectors_width = (num_sparse_features + 1) * dim
+        self.inter_arch = InteractionProjectionArch(
+            num_sparse_features,
+            DenseArch(vectors_width, interaction_branch1_layer_sizes, dense_device),
+            DenseArch(vectors_width, interaction_branch2_layer_sizes, dense_device),
+        )
+        num_products = (interaction_branch1_layer_sizes[-1] // dim) * (interaction_branch2_layer_sizes[-1] // dim)
+        self.over_arch = OverArch(dim + num_products, over_arch_layer_sizes, dense_device)
+
+
+class DLRM_DCN(DLRM):
+    """DLRM with a low-rank cross network, the MLPerf model (arXiv:2008.13535).
+
+    Raises:
+        ValueError: the dense arch's last layer is not as wide as an embedding.
+
+    Counterpart: torchrec.models.dlrm.DLRM_DCN.
+    """
+
+    def __init__(
+        self,
+        embedding_bag_collection: EmbeddingBagCollection,
+        dense_in_features: int,
+        dense_arch_layer_sizes: list[int],
+        over_arch_layer_sizes: list[int],
+        dcn_num_layers: int,
+        dcn_low_rank_dim: int,
+        dense_device: torch.device | None = None,
+    ) -> None:
+        super().__init__(
+            embedding_bag_collection, dense_in_features, dense_arch_layer_sizes, over_arch_layer_sizes, dense_device
+        )
+        num_sparse_features = len(self.sparse_arch.sparse_feature_names)
+        vectors_width = (num_sparse_features + 1) * self.sparse_arch.D
+        crossnet = LowRankCrossNet(vectors_width, dcn_num_layers, dcn_low_rank_dim)
+        self.inter_arch = InteractionDCNArch(num_sparse_features, crossnet.to(dense_device))
+        self.over_arch = OverArch(vectors_width, over_arch_layer_sizes, device=dense_device)
+
+
+class DLRMTrain(nn.Module):
+    """DLRM and its loss, binary cross-entropy with logits, computed from a Batch.
+
+    Forward: a Batch (`dense_features` [B, I], `sparse_features` KJT, `labels` [B] of 0 and 1) to
+    `(loss, (loss, logits [B], labels [B]))`; the inner three are detached.
+
+    Counterpart: torchrec.models.dlrm.DLRMTrain.
+    """
+
+    def __init__(self, dlrm_module: DLRM) -> None:
+        super().__init__()
+        self.model = dlrm_module
+        self.loss_fn = nn.BCEWithLogitsLoss()
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        logits = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
+        loss = self.loss_fn(logits, batch.labels.float())
+        return loss, (loss.detach(), logits.detach(), batch.labels.detach())
+
+
+def _common_dim(embedding_bag_collection: EmbeddingBagCollection) -> int:
+    configs = embedding_bag_collection.embedding_bag_configs()
+    assert configs, "At least one embedding bag is required"
+    dims = {config.name: config.embedding_dim for config in configs}
+    assert len(set(dims.values())) == 1, f"All EmbeddingBagConfigs must have the same dimension, got {dims}"
+    return configs[0].embedding_dim
+
+
+def _check_dense_width(embedding_bag_collection: EmbeddingBagCollection, dense_arch_layer_sizes: list[int]) -> int:
+    """The embedding_dim, which has to be the width of the dense arch's last layer too."""
+    dim = _common_dim(embedding_bag_collection)
+    if not dense_arch_layer_sizes or dense_arch_layer_sizes[-1] != dim:
+        raise ValueError(
+            f"embedding_bag_collection dimension ({dim}) and final dense arch layer size "
+            f"({dense_arch_layer_sizes[-1] if dense_arch_layer_sizes else 'none'}) must match."
+        )
+    return dim
