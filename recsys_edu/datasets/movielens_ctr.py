@@ -16,6 +16,7 @@ Shapes: E examples, N values.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ def random_split(num_rows: int, shares: Iterable[float], seed: int) -> list[torc
         raise ValueError(f"shares {shares} must be positive and sum to 1")
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
     cuts = [0, *(round(num_rows * share) for share in np.cumsum(shares))]
-    return [order[low:high].sort().values for low, high in zip(cuts, cuts[1:])]
+    return [order[low:high].sort().values for low, high in itertools.pairwise(cuts)]
 
 
 def movielens_ctr(

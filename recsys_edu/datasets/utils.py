@@ -205,7 +205,8 @@ class LoadFiles(IterDataPipe):
         for path in self.datapipe:
             if not isinstance(path, str):
                 raise TypeError(f"LoadFiles expects paths as str, got {type(path).__name__}: {path!r}")
-            yield path, open(path, self.mode, **self.open_kw)
+            # whoever consumes the stream closes it
+            yield path, open(path, self.mode, **self.open_kw)  # noqa: SIM115
 
     def __len__(self) -> int:
         if self.length < 0:
