@@ -1,0 +1,1 @@
+"""Metrics for click models and retrieval; start reading at `rec_metric`."""
