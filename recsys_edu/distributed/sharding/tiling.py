@@ -22,6 +22,7 @@ from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 
 from recsys_edu.distributed.types import ParameterSharding, ShardingType
 
+CUSTOM = "custom"  # the sharding type of a tiling that has no name
 COLUMN_ALIGNMENT = 4  # the lookup kernels read four floats at a time
 
 
@@ -144,7 +145,7 @@ def _check_shard(shard: Shard, num_rows: int, num_columns: int, world_size: int,
         raise ValueError(f"table {table!r}: shard {shard}, but the ranks are 0 to {world_size - 1}")
     for name, part, size in (("rows", shard.rows, num_rows), ("columns", shard.columns, num_columns)):
         if part.step != 1:
-            raise ValueError(f"table {table!r}: shard {shard} takes every {part.step}th of its {name}; use step 1")
+            raise ValueError(f"table {table!r}: shard {shard} has {name} in steps of {part.step}; use step 1")
         if part.start < 0 or part.stop > size or part.start > part.stop:
             raise ValueError(
                 f"table {table!r}: shard {shard} reaches outside the table, which has {name} 0:{size} "
@@ -267,27 +268,34 @@ def parameter_sharding_from(
     shards: Sequence[Shard],
     sharding_type: ShardingType | str,
     compute_kernel: str,
-    device_type: str = "cpu",
+    device_type: str | Sequence[str] = "cpu",
     local_size: int = 1,
 ) -> ParameterSharding:
     """The way back: a `ParameterSharding` with one ShardMetadata per shard.
 
-    `local_size` is the number of ranks per host; it decides the device index (`rank:5/cuda:1` for 4 per host).
+    `device_type` is one for all shards or one per shard. `local_size` is the number of ranks per host; it decides the
+    device index (`rank:5/cuda:1` for 4 per host). `sharding_type` may be `CUSTOM`: the rectangles are what counts.
+
+    Raises:
+        ValueError: an unknown sharding type, or another number of device types than shards.
     """
+    name = sharding_type if sharding_type == CUSTOM else ShardingType(sharding_type).value
+    devices = [device_type] * len(shards) if isinstance(device_type, str) else list(device_type)
+    if len(devices) != len(shards):
+        raise ValueError(f"{len(devices)} device types {devices} for {len(shards)} shards: expected one for each")
+    metadata = [
+        ShardMetadata(
+            shard_offsets=[shard.rows.start, shard.columns.start],
+            shard_sizes=[shard.num_rows, shard.num_columns],
+            placement=device_string(device, shard.rank, local_size),
+        )
+        for shard, device in zip(shards, devices)
+    ]
     return ParameterSharding(
-        sharding_type=ShardingType(sharding_type).value,
+        sharding_type=name,
         compute_kernel=compute_kernel,
-        ranks=list(dict.fromkeys(shard.rank for shard in shards)),
-        sharding_spec=EnumerableShardingSpec(
-            [
-                ShardMetadata(
-                    shard_offsets=[shard.rows.start, shard.columns.start],
-                    shard_sizes=[shard.num_rows, shard.num_columns],
-                    placement=device_string(device_type, shard.rank, local_size),
-                )
-                for shard in shards
-            ]
-        ),
+        ranks=[shard.rank for shard in shards],
+        sharding_spec=EnumerableShardingSpec(metadata),
     )
 
 
