@@ -6,7 +6,9 @@ what is called "past" uses only training ratings strictly older than the example
 
     dense   age, year, hour_sin, hour_cos, user_days, item_days      (z-scored with the training part's moments)
             user_count, item_count                                   log(1 + number of other training ratings)
-            user_past_mean, item_past_mean                           smoothed share of likes in the past
+            user_past_mean, item_past_mean                           smoothed mean rating in the past
+        user_recent_mean, user_genre_past_mean                   the same for the user's latest 10 ratings, and for
+                                                                 the user's ratings of films of the same genres
     sparse  user, item, gender, occupation, zip_prefix, decade       one id each
             genres                                                   a bag
             liked, disliked                                          bags: the user's latest past ratings, as items
@@ -31,7 +33,7 @@ from recsys_edu.datasets.tabular import JaggedColumn, TabularBatches, TabularDat
 LIKE_THRESHOLD = 4.0
 DENSE_NAMES = (
     "age", "year", "hour_sin", "hour_cos", "user_days", "item_days", "user_count", "item_count", "user_past_mean",
-    "item_past_mean",
+    "item_past_mean", "user_recent_mean", "user_genre_past_mean",
 )  # fmt: skip
 _PRIOR_STRENGTH = 5.0
 _SECONDS_PER_DAY = 86_400
@@ -125,8 +127,8 @@ def movielens_ctr(
 
     examples = _examples(data)
     labels = (examples["rating"] >= LIKE_THRESHOLD).astype(np.float32)
-    dense = _dense_features(examples, labels, is_train)
     sparse, num_embeddings = _sparse_features(data, examples, labels, is_train, history)
+    dense = _dense_features(examples, sparse["genres"], is_train)
     if features is not None:
         chosen = list(features)
         if unknown := [name for name in chosen if name not in sparse]:
@@ -181,14 +183,35 @@ class _Timeline:
         return start, np.searchsorted(self.keys, self.pack(owner, timestamp), side="left")
 
 
-def _past_share_of_likes(
-    owner: np.ndarray, timestamp: np.ndarray, labels: np.ndarray, is_train: np.ndarray
+def _past_mean(
+    owner: np.ndarray,
+    timestamp: np.ndarray,
+    ratings: np.ndarray,
+    is_train: np.ndarray,
+    prior: np.ndarray | float,
+    latest: int | None = None,
 ) -> np.ndarray:
+    """Mean of the owner's past ratings (the `latest` ones, if given), shrunk towards `prior` where they are few."""
     timeline = _Timeline.of(owner, timestamp, is_train)
     start, end = timeline.past(owner, timestamp)
-    likes_before = np.concatenate([[0.0], np.cumsum(labels[timeline.rows])])
-    prior = labels[is_train].mean()
-    return (likes_before[end] - likes_before[start] + _PRIOR_STRENGTH * prior) / (end - start + _PRIOR_STRENGTH) - prior
+    if latest is not None:
+        start = np.maximum(start, end - latest)
+    total_before = np.concatenate([[0.0], np.cumsum(ratings[timeline.rows], dtype=np.float64)])
+    return (total_before[end] - total_before[start] + _PRIOR_STRENGTH * prior) / (end - start + _PRIOR_STRENGTH)
+
+
+def _past_mean_of_genres(
+    examples: dict[str, np.ndarray], genres: JaggedColumn, is_train: np.ndarray, user_mean: np.ndarray
+) -> np.ndarray:
+    """Mean, over an example's genres, of the user's past ratings of films of that genre."""
+    lengths = genres.offsets.diff().numpy()
+    example = np.repeat(np.arange(len(lengths)), lengths)  # one entry per (example, genre)
+    owner = examples["user_id"][example].astype(np.int64) * (int(genres.values.max()) + 1) + genres.values.numpy()
+    means = _past_mean(
+        owner, examples["timestamp"][example], examples["rating"][example], is_train[example], user_mean[example]
+    )
+    total = np.bincount(example, weights=means, minlength=len(lengths))
+    return np.where(lengths > 0, total / np.maximum(lengths, 1), user_mean)
 
 
 def _days_since_first(owner: np.ndarray, timestamp: np.ndarray, is_train: np.ndarray) -> np.ndarray:
@@ -203,8 +226,10 @@ def _log_count_of_others(owner: np.ndarray, is_train: np.ndarray) -> np.ndarray:
     return np.log1p(counts[owner] - is_train)  # a training example does not count itself
 
 
-def _dense_features(examples: dict[str, np.ndarray], labels: np.ndarray, is_train: np.ndarray) -> np.ndarray:
-    user, item, time = examples["user_id"], examples["item_id"], examples["timestamp"]
+def _dense_features(examples: dict[str, np.ndarray], genres: JaggedColumn, is_train: np.ndarray) -> np.ndarray:
+    user, item, time, ratings = (examples[name] for name in ("user_id", "item_id", "timestamp", "rating"))
+    overall_mean = float(ratings[is_train].mean())
+    user_mean = _past_mean(user, time, ratings, is_train, overall_mean)
     angle = 2 * np.pi * (time % _SECONDS_PER_DAY) / _SECONDS_PER_DAY
     columns = {
         "age": examples["age"],
@@ -215,8 +240,10 @@ def _dense_features(examples: dict[str, np.ndarray], labels: np.ndarray, is_trai
         "item_days": _days_since_first(item, time, is_train),
         "user_count": _log_count_of_others(user, is_train),
         "item_count": _log_count_of_others(item, is_train),
-        "user_past_mean": _past_share_of_likes(user, time, labels, is_train),
-        "item_past_mean": _past_share_of_likes(item, time, labels, is_train),
+        "user_past_mean": user_mean,
+        "item_past_mean": _past_mean(item, time, ratings, is_train, overall_mean),
+        "user_recent_mean": _past_mean(user, time, ratings, is_train, user_mean, latest=10),
+        "user_genre_past_mean": _past_mean_of_genres(examples, genres, is_train, user_mean),
     }
     matrix = np.stack([columns[name].astype(np.float64) for name in DENSE_NAMES], axis=1)
     mean, deviation = matrix[is_train].mean(axis=0), matrix[is_train].std(axis=0)
