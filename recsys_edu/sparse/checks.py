@@ -20,6 +20,13 @@ class JaggedInputError(ValueError, AssertionError):
 class TraceableMeta(ABCMeta, torch.fx.ProxyableClassMeta):
     """Lets torch.fx record a construction: with a Proxy among the arguments the class call becomes a graph node."""
 
+    def __call__(cls, *args, **kwargs):
+        # Straight to the object where nothing is being traced: torch.fx's own search of all arguments costs more
+        # than the construction, and logs a warning about its deprecated flag.
+        if any(isinstance(argument, torch.fx.Proxy) for argument in (*args, *kwargs.values())):
+            return super().__call__(*args, **kwargs)
+        return type.__call__(cls, *args, **kwargs)
+
 
 def checks_apply(values: object) -> bool:
     """Whether there are real shapes to look at: not in torch.compile or torch.export, not for stand-ins of tensors."""

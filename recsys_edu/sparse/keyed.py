@@ -71,6 +71,8 @@ class KeyedTensor(Pipelineable, metaclass=TraceableMeta):
     def regroup(keyed_tensors: list[KeyedTensor], groups: list[list[str]]) -> list[Tensor]:
         """One tensor per group of keys, gathered from several KeyedTensors; a key may serve in several groups.
 
+        Of two KeyedTensors with the same key the later one counts. Differentiable.
+
         >>> left = KeyedTensor(["a", "b"], [1, 1], torch.tensor([[1., 2.]]))
         >>> right = KeyedTensor(["c"], [1], torch.tensor([[3.]]))
         >>> KeyedTensor.regroup([left, right], [["c", "a"], ["b"]])

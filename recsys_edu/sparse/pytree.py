@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx._pytree import register_pytree_flatten_spec
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 
-from recsys_edu.sparse.jagged import _expect_leaves
+from recsys_edu.sparse.jagged import JaggedTensor, _expect_leaves
 from recsys_edu.sparse.keyed import KeyedTensor
 from recsys_edu.sparse.keyed_jagged import KeyedJaggedTensor, trusted_keyed
 from recsys_edu.sparse.rearrange import select_inverse
@@ -61,6 +61,9 @@ def unflatten_kjt_list(values: list[Tensor | None], contexts: list[list[str]]) -
     width = len(LEAVES)
     return [_unflatten_kjt(values[i * width : (i + 1) * width], keys) for i, keys in enumerate(contexts)]
 
+
+# An exported program saved to disk holds its example input; torch.load(weights_only=True) may rebuild these classes.
+torch.serialization.add_safe_globals([JaggedTensor, KeyedJaggedTensor, KeyedTensor])
 
 register_pytree_node(
     KeyedJaggedTensor,
