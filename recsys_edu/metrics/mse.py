@@ -29,9 +29,9 @@ def compute_rmse(error_sum: Tensor, weighted_num_samples: Tensor) -> Tensor:
 def compute_r_squared(
     error_sum: Tensor, weighted_num_samples: Tensor, label_sum: Tensor, label_squared_sum: Tensor
 ) -> Tensor:
-    """1 - error / spread of the labels around their mean; 0 when all labels are equal."""
-    spread = label_squared_sum - ratio_or_zero(label_sum * label_sum, weighted_num_samples)
-    return ratio_or_zero(spread - error_sum, spread)
+    """1 - error / spread of the labels around their mean; nan without examples, no number when all labels are equal."""
+    spread = label_squared_sum - label_sum * label_sum / weighted_num_samples
+    return 1.0 - error_sum / spread
 
 
 def compute_error_sum(labels: Tensor, predictions: Tensor, weights: Tensor) -> Tensor:
