@@ -24,15 +24,16 @@ DEFAULT_LOCAL_SIZE = 8
 def get_local_size(world_size: int | None = None) -> int:
     """Ranks per host.
 
-    LOCAL_WORLD_SIZE counts where it divides the world size; hosts of unequal size cannot be told apart by rank.
+    A LOCAL_WORLD_SIZE that does not divide the world size gives one host: hosts of unequal size cannot be told apart
+    by rank.
 
     Raises:
         ValueError: LOCAL_WORLD_SIZE is not a positive number.
     """
     world_size = dist.get_world_size() if world_size is None else world_size
     local_size = _environment_number("LOCAL_WORLD_SIZE", minimum=1)
-    if local_size is not None and world_size % local_size == 0:
-        return local_size
+    if local_size is not None:
+        return local_size if world_size % local_size == 0 else world_size
     return DEFAULT_LOCAL_SIZE if world_size % DEFAULT_LOCAL_SIZE == 0 else world_size
 
 
