@@ -10,6 +10,7 @@ Shapes: B batch, L lanes, N values, R rows, D columns.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -144,6 +145,11 @@ def flatten_tables(parameters: Sequence[Tensor]) -> bool:
     return flat.numel() > 0
 
 
+def _quiet_autograd(device: torch.device) -> contextlib.AbstractContextManager:
+    """FBGEMM's CPU lookup records its own backward below PyTorch's autograd layer, which would warn about it."""
+    return torch._C._AutoDispatchBelowAutograd() if device.type == "cpu" else contextlib.nullcontext()
+
+
 class _FlatPooledLookup(torch.autograd.Function):
     """Connects many parameters to one flat lookup: their gradients are slices of the flat gradient."""
 
@@ -160,7 +166,7 @@ class _FlatPooledLookup(torch.autograd.Function):
         needs_samples = ctx.needs_input_grad[4]
         ctx.wanted = [needed and table in used_tables for table, needed in enumerate(ctx.needs_input_grad[5:])]
         needs_flat = any(ctx.wanted)
-        with torch.enable_grad():
+        with torch.enable_grad(), _quiet_autograd(where.columns.device):
             flat = flat_buffer(weights).requires_grad_(needs_flat)
             if per_sample_weights_N is not None:
                 per_sample_weights_N = per_sample_weights_N.detach().requires_grad_(needs_samples)

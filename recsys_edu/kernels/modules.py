@@ -109,7 +109,14 @@ class FusedKernel(nn.Module):
         values_N, offsets, per_sample_weights_N = _checked(self.spec, values_N, offsets, per_sample_weights_N)
         return _FusedLookup.apply(self._trigger, per_sample_weights_N, self, values_N, offsets)
 
-    def update(self, values_N: Tensor, offsets: Tensor, per_sample_weights_N: Tensor | None, gradient: Tensor) -> None:
+    def update(
+        self,
+        learning_rate: float,
+        values_N: Tensor,
+        offsets: Tensor,
+        per_sample_weights_N: Tensor | None,
+        gradient: Tensor,
+    ) -> None:
         """One optimizer step, given the gradient of a forward's output."""
         spec = self.spec
         self._steps += 1
@@ -130,7 +137,7 @@ class FusedKernel(nn.Module):
                 per_sample_weights_N,
                 gradient,
             )
-            update_rows(spec.optimizer, self.learning_rate, step, weights_RD, state, rows_U, gradients_UD)
+            update_rows(spec.optimizer, learning_rate, step, weights_RD, state, rows_U, gradients_UD)
 
     @property
     def step_count(self) -> int:
@@ -169,7 +176,7 @@ class _FusedLookup(torch.autograd.Function):
         values_N: Tensor,
         offsets: Tensor,
     ) -> Tensor:
-        ctx.kernel = kernel
+        ctx.kernel, ctx.learning_rate = kernel, kernel.learning_rate
         ctx.save_for_backward(values_N, offsets, per_sample_weights_N)
         weights, lanes = kernel.table_weights(), kernel.spec.lane_tables
         backend = "pytorch" if kernel.backend == "pytorch" else None
@@ -186,7 +193,7 @@ class _FusedLookup(torch.autograd.Function):
             sample_gradients = reference.sample_weight_gradients(
                 kernel.table_weights(), kernel.spec.lane_tables, values_N, offsets, gradient
             )
-        kernel.update(values_N, offsets, per_sample_weights_N, gradient)
+        kernel.update(ctx.learning_rate, values_N, offsets, per_sample_weights_N, gradient)
         return None, sample_gradients, None, None, None
 
 

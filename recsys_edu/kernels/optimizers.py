@@ -14,8 +14,8 @@ the touched rows' weights [U, D], `g` the gradients summed per row, and `m1`, `m
 | LAMB                 | [R, D]    | [R, D]    | (this file)        |
 | LARS_SGD             | [R, D]    |           | (this file)        |
 
-Where FBGEMM does not fuse one, its fast forward is followed by the update of this file. FBGEMM's SGD and Adagrad have
-no weight decay: with `weight_decay > 0` they too are updated here.
+Where FBGEMM does not fuse one, its fast forward is followed by the update of this file. So it is for the first three
+with `weight_decay > 0`: FBGEMM's SGD and Adagrad have no decay, and its pooled row-wise Adagrad on CPU ignores it.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def pooled_lookup(
 
 def _sum_bags(weight_RD: Tensor, ids: Tensor, bag_starts_B: Tensor, sample_weights: Tensor | None) -> Tensor:
     if bag_starts_B.numel() == 0:
-        return weight_RD.new_zeros(0, weight_RD.shape[1], dtype=torch.float32)
+        return weight_RD[:0].float()  # no examples, yet part of the graph
     if weight_RD.dtype != torch.float32:  # sum in float32, not in the table's own narrow type
         weight_RD, ids = F.embedding(ids, weight_RD).float(), torch.arange(ids.numel(), device=ids.device).to(ids.dtype)
     return F.embedding_bag(ids, weight_RD, bag_starts_B, mode="sum", per_sample_weights=sample_weights)

@@ -134,7 +134,8 @@ class KernelSpec:
 class Kernel(Protocol):
     """What every kernel can do, dense or fused, PyTorch or FBGEMM. All of them are `nn.Module`s.
 
-    Lane l's bags are `offsets[l * B : (l + 1) * B + 1]`; offsets start at 0 and end at N.
+    Lane l's bags are `offsets[l * B : (l + 1) * B + 1]`; offsets start at 0 and end at N. Fused kernels also have a
+    `learning_rate` (set it before a forward: that forward's backward uses it, as in FBGEMM) and a `step_count`.
     """
 
     spec: KernelSpec
