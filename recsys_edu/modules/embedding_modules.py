@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from recsys_edu.kernels.checks import check_ids
+from recsys_edu.kernels.jagged_ops import complete_cumsum
 from recsys_edu.kernels.lookup import flatten_tables, pooled_lookup, sequence_lookup
 from recsys_edu.modules.embedding_configs import (
     BaseEmbeddingConfig,
@@ -201,7 +202,7 @@ class EmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._is_weighted = is_weighted
         self._embedding_bag_configs = tables
         self._device = torch.device("cpu" if device is None else device)
-        _prepare_configs(tables)
+        prepare_configs(tables)
         self.embedding_bags = nn.ModuleDict()
         for table, weight_RD in zip(tables, _allocate(tables, self._device)):
             self.embedding_bags[table.name] = nn.EmbeddingBag(
@@ -224,16 +225,12 @@ class EmbeddingBagCollection(EmbeddingBagCollectionInterface):
         if not lanes.features or features.values().is_meta or weights[0].is_meta:
             return self._forward_by_table(features, weights)
         check_lane_ids(features, lanes)
-        if features.variable_stride_per_key() or not _one_kernel_reads(weights):
+        if not _one_kernel_reads(weights):
             return self._forward_by_table(features, weights)
-        pooled_BD = pooled_lookup(
-            weights,
-            lanes.tables,
-            features.values(),
-            features.offsets(),
-            features.weights() if self._is_weighted else None,
-        )
-        pooled_BD = divide_means(pooled_BD, features.lengths(), lanes)
+        offsets, lengths = uniform_batches(features)
+        sample_weights_N = features.weights() if self._is_weighted else None
+        pooled_BD = pooled_lookup(weights, lanes.tables, features.values(), offsets, sample_weights_N)
+        pooled_BD = expand_batches(divide_means(pooled_BD, lengths, lanes), features, lanes)
         return KeyedTensor(keys=self._names, length_per_key=self._dims, values=pooled_BD)
 
     def _forward_by_table(self, features: KeyedJaggedTensor, weights: list[torch.Tensor]) -> KeyedTensor:
@@ -313,7 +310,7 @@ class EmbeddingCollection(EmbeddingCollectionInterface):
         self._device = torch.device("cpu" if device is None else device)
         self._use_gather_select = use_gather_select
         self._use_gather_select_per_sharding = use_gather_select_per_sharding
-        _prepare_configs(tables)
+        prepare_configs(tables)
         self._embedding_dim = common_embedding_dim(tables)
         self.embeddings = nn.ModuleDict()
         for table, weight_RD in zip(tables, _allocate(tables, self._device)):
@@ -419,6 +416,26 @@ def lane_offsets(features: KeyedJaggedTensor) -> torch.Tensor:
     return features.offsets()
 
 
+def uniform_batches(features: KeyedJaggedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets and lengths with one batch size: a variable batch's shorter lanes get empty bags at their end."""
+    if not features.variable_stride_per_key():
+        return features.offsets(), features.lengths()
+    strides = features.stride_per_key()
+    largest = max(strides, default=0)
+    padded = [F.pad(lane, (0, largest - lane.numel())) for lane in features.lengths().split(strides)]
+    lengths = torch.cat(padded)
+    return complete_cumsum(lengths), lengths
+
+
+def expand_batches(pooled_BD: torch.Tensor, features: KeyedJaggedTensor, lanes: Lanes) -> torch.Tensor:
+    """Undo `uniform_batches`: bring a variable batch to its full size through the inverse indices."""
+    if not features.variable_stride_per_key():
+        return pooled_BD
+    blocks = pooled_BD.split(list(lanes.dims), dim=1)
+    pooled = [block[:stride] for block, stride in zip(blocks, features.stride_per_key())]
+    return _side_by_side(pooled, features, list(lanes.features))
+
+
 def divide_means(pooled_BD: torch.Tensor, lengths: torch.Tensor, lanes: Lanes) -> torch.Tensor:
     """Turn the sums of MEAN lanes into means, in the requesting process, which still has the lengths.
 
@@ -465,7 +482,7 @@ def common_embedding_dim(tables: Sequence[EmbeddingConfig]) -> int:
     return tables[0].embedding_dim if tables else -1
 
 
-def _prepare_configs(tables: Sequence[BaseEmbeddingConfig]) -> None:
+def prepare_configs(tables: Sequence[BaseEmbeddingConfig]) -> None:
     """Refuse duplicate names; a table without feature names serves the feature of its own name."""
     seen: set[str] = set()
     for table in tables:
