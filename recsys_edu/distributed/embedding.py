@@ -1,0 +1,100 @@
+"""ShardedEmbeddingCollection: the four phases of a sequence lookup, composed.
+
+    forward = start_input, exchange_input, lookup      (flight.py)   then, when an answer is first read,
+              finish                                   (sequence_assembly.py)
+
+Counterpart: torchrec.distributed.embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from recsys_edu.distributed.exchange import Exchange, GroupExchange, check_same_on_every_rank
+from recsys_edu.distributed.flight import Flight, LaneLookup
+from recsys_edu.distributed.pending import PendingJaggedTensors
+from recsys_edu.distributed.replicas import Replicas
+from recsys_edu.distributed.sequence_assembly import SequenceAssembly, StartSequence, WaitSequence
+from recsys_edu.distributed.shards import local_shards, plan_tables, table_modules
+from recsys_edu.distributed.types import ParameterSharding, ShardingEnv
+from recsys_edu.modules.embedding_modules import EmbeddingCollection, get_embedding_names_by_table
+from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+
+class ShardedEmbeddingCollection(nn.Module):
+    """An EmbeddingCollection whose tables are cut into shards over ranks; answers equal the unsharded one's.
+
+    Args and errors: as ShardedEmbeddingBagCollection.
+    """
+
+    def __init__(
+        self,
+        module: EmbeddingCollection,
+        table_name_to_parameter_sharding: Mapping[str, ParameterSharding],
+        env: ShardingEnv,
+        fused_params: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        qcomm_codecs_registry: dict[str, Any] | None = None,
+        use_index_dedup: bool = False,
+        module_fqn: str | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
+        super().__init__()
+        self._configs = module.embedding_configs()
+        self._need_indices = module.need_indices()
+        self._device = device or torch.device("cpu")
+        self._exchange = exchange or GroupExchange(env.process_group)
+        weights = {name: table.weight for name, table in module.embeddings.items()}
+        self._tables = plan_tables(
+            self._configs, weights, table_name_to_parameter_sharding, env.world_size, fused_params
+        )
+        check_same_on_every_rank(self._exchange, self._tables.layout, f"tables or plan of {module_fqn or 'the module'}")
+        self._lookup = LaneLookup(self._tables.layout, self._exchange, self._device)
+        self._kernel_lanes = [len(kernel.lanes) for kernel in self._lookup.rank_kernels]
+        self._replicas = Replicas(self._tables, self._device, self._exchange.rank)
+        self._assembly = SequenceAssembly(self._tables.layout)
+        self._names = [name for names in get_embedding_names_by_table(self._configs) for name in names]
+        local = local_shards(self._lookup.rank_kernels, self._lookup.kernels) | self._replicas.shards()
+        self.embeddings = table_modules(self._tables, local, weights)
+        self._anchor = torch.zeros(0, requires_grad=True, device=self._device)
+
+    def forward(self, features: KeyedJaggedTensor | Flight) -> Mapping[str, JaggedTensor]:
+        """Name to JaggedTensor at once; it finishes the flight when one of them is first read."""
+        flight = features if isinstance(features, Flight) else self.start_input(features)
+        if flight.phase < 2:
+            self.exchange_input(flight)
+        if flight.phase < 3:
+            self.lookup(flight)
+        return PendingJaggedTensors(self._names, lambda: self.finish(flight))
+
+    def start_input(self, features: KeyedJaggedTensor) -> Flight:
+        """Phase 1: route the ids into lanes and tell every rank how many are coming."""
+        return self._lookup.start_input(features)
+
+    def exchange_input(self, flight: Flight) -> None:
+        """Phase 2: send lengths and ids to the ranks that own their rows."""
+        self._lookup.exchange_input(flight)
+
+    def lookup(self, flight: Flight) -> None:
+        """Phase 3: look up this rank's lanes and start to return the rows."""
+        self._lookup.lookup(flight)
+        flight.places = self._assembly.places(flight)
+        flight.returned = StartSequence.apply(self._anchor, flight, self._exchange, self._kernel_lanes, *flight.results)
+        flight.local = self._replicas.lookup(flight.kjt)
+
+    def finish(self, flight: Flight) -> dict[str, JaggedTensor]:
+        """Phase 4: wait for the returned rows and hand them out by name."""
+        rows = WaitSequence.apply(flight.returned, flight.local, flight, self._exchange, self._assembly)
+        kjt, answers, first = flight.kjt, {}, 0
+        lengths_FB = kjt.lengths().view(len(kjt.keys()), -1)
+        for name, output in zip(self._names, self._tables.layout.outputs):
+            key = kjt.keys().index(output.feature)
+            count, start = kjt.length_per_key()[key], kjt.offset_per_key()[key]
+            ids = kjt.values()[start : start + count] if self._need_indices else None
+            answers[name] = JaggedTensor(rows[first : first + count], lengths=lengths_FB[key], weights=ids)
+            first += count
+        return answers

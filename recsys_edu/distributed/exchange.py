@@ -1,0 +1,181 @@
+"""Exchange: all-to-all with a start and a wait. The only file of the engine that moves tensors between ranks.
+
+`GroupExchange` speaks to real ranks through a process group (gloo or NCCL). `LocalExchange` connects the ranks of
+a `SimulatedWorld`, which live in one process: a start puts pieces into mailboxes, a wait takes them out. So one
+notebook cell can run phase k on every rank, print every rank's tensors, and go on to phase k + 1.
+
+Suffix: W ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TransferRecord:
+    """What one rank sent in one exchange: its purpose and bytes per destination rank."""
+
+    label: str
+    bytes_W: tuple[int, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.bytes_W)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A started exchange: the buffer being filled, and the function that blocks until it is."""
+
+    received: Tensor
+    finish: Callable[[], None]
+
+    def wait(self) -> Tensor:
+        self.finish()
+        return self.received
+
+
+class Exchange(Protocol):
+    """All-to-all between the ranks of one sharded module. `log`, when a list, collects what is sent."""
+
+    rank: int
+    world_size: int
+    log: list[TransferRecord] | None
+
+    def start(self, send: Tensor, send_W: Sequence[int], receive_W: Sequence[int], label: str) -> Transfer:
+        """Begin to send `send_W[r]` elements of the 1-D tensor `send` to every rank r, in rank order."""
+        ...
+
+
+@dataclass
+class GroupExchange:
+    """Exchange through a process group; with one rank, or without a group, nothing leaves the process.
+
+    Raises:
+        RuntimeError: another rank failed or did not arrive in time; the message says in which exchange.
+    """
+
+    group: dist.ProcessGroup | None
+    timeout: timedelta | None = None
+    log: list[TransferRecord] | None = None
+    rank: int = field(init=False)
+    world_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rank = dist.get_rank(self.group) if self.group is not None else 0
+        self.world_size = dist.get_world_size(self.group) if self.group is not None else 1
+
+    def start(self, send: Tensor, send_W: Sequence[int], receive_W: Sequence[int], label: str) -> Transfer:
+        if self.log is not None:
+            self.log.append(_record(label, send, send_W))
+        if self.world_size == 1:
+            return Transfer(send, _nothing)
+        received = send.new_empty(sum(receive_W))
+        try:
+            work = dist.all_to_all_single(
+                received, send, list(receive_W), list(send_W), group=self.group, async_op=True
+            )
+        except RuntimeError as error:
+            raise self._broken(label, error) from error
+
+        def finish() -> None:
+            try:
+                work.wait(self.timeout) if self.timeout is not None else work.wait()
+            except RuntimeError as error:
+                raise self._broken(label, error) from error
+
+        return Transfer(received, finish)
+
+    def _broken(self, label: str, error: RuntimeError) -> RuntimeError:
+        return RuntimeError(
+            f"rank {self.rank} of {self.world_size}: the exchange {label!r} broke off: another rank failed, left, or "
+            f"did not reach it in time. Look for the first error among the other ranks. ({error})"
+        )
+
+
+class SimulatedWorld:
+    """W ranks in one process, without threads or process groups: `exchange(r)` is rank r's end.
+
+    >>> world = SimulatedWorld(2)
+    >>> ends = [world.exchange(rank) for rank in range(2)]
+    >>> transfers = [end.start(torch.tensor([end.rank, end.rank]), [1, 1], [1, 1], "demo") for end in ends]
+    >>> [transfer.wait().tolist() for transfer in transfers]
+    [[0, 1], [0, 1]]
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.mailboxes: dict[tuple[int, int, int], Tensor] = {}
+
+    def exchange(self, rank: int) -> LocalExchange:
+        return LocalExchange(self, rank)
+
+
+class LocalExchange:
+    """One simulated rank's end of a `SimulatedWorld`.
+
+    The n-th start of every rank belongs together, as in a process group.
+
+    Raises:
+        RuntimeError: a wait comes before every other rank has started the same exchange.
+    """
+
+    def __init__(self, world: SimulatedWorld, rank: int) -> None:
+        self.world, self.rank, self.world_size = world, rank, world.world_size
+        self.log: list[TransferRecord] | None = None
+        self._num_started = 0
+
+    def start(self, send: Tensor, send_W: Sequence[int], receive_W: Sequence[int], label: str) -> Transfer:
+        if self.log is not None:
+            self.log.append(_record(label, send, send_W))
+        number = self._num_started
+        self._num_started += 1
+        for destination, piece in enumerate(send.detach().split(list(send_W))):
+            self.world.mailboxes[number, self.rank, destination] = piece
+        received = send.new_empty(sum(receive_W))
+
+        def finish() -> None:
+            for source, place in enumerate(received.detach().split(list(receive_W))):
+                piece = self.world.mailboxes.pop((number, source, self.rank), None)
+                if piece is None:
+                    raise RuntimeError(
+                        f"simulated rank {self.rank} waits for rank {source} in exchange {number} ({label!r}), which "
+                        "it has not started: run each phase on every rank before the next phase"
+                    )
+                place.copy_(piece)
+
+        return Transfer(received, finish)
+
+
+def _record(label: str, send: Tensor, send_W: Sequence[int]) -> TransferRecord:
+    return TransferRecord(label, tuple(count * send.element_size() for count in send_W))
+
+
+def _nothing() -> None:
+    return None
+
+
+def check_same_on_every_rank(exchange: Exchange, facts: object, what: str) -> None:
+    """Refuse to start where ranks disagree: `facts` (anything with a stable repr) has to be equal on all of them.
+
+    Raises:
+        ValueError: on every rank alike, naming the ranks that differ from rank 0.
+    """
+    if not isinstance(exchange, GroupExchange) or exchange.world_size == 1:
+        return
+    digests: list[str] = [""] * exchange.world_size
+    dist.all_gather_object(digests, hashlib.sha256(repr(facts).encode()).hexdigest(), group=exchange.group)
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise ValueError(
+            f"{what}: ranks {different} differ from rank 0. Build configs and plan identically on every rank "
+            "(same order, same sizes), or make the plan on one rank and broadcast it"
+        )

@@ -1,0 +1,274 @@
+"""The first three phases of a sharded lookup, shared by pooled and sequence collections.
+
+    start_input      route the batch, tell every rank how much is coming
+    exchange_input   learn the sizes, send lengths and ids
+    lookup           take what arrived, make it lane-major, run this rank's kernels
+
+The fourth, `finish`, differs between pooled and sequence answers: pooled_assembly.py, sequence_assembly.py. A `Flight`
+is one batch on its way through the phases; a pipeline holds several. Whatever the mix of sharding types, two exchanges
+carry the whole input: the sizes and one payload; a third, differentiable, follows where features carry weights.
+
+Suffixes: B local batch, W ranks, L lanes of all ranks, l lanes of this rank, N values sent, M values received.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from recsys_edu.distributed.exchange import Exchange, Transfer
+from recsys_edu.distributed.layout import Layout
+from recsys_edu.distributed.routing import Router, Wire, offsets_of, pad_to_common_batch
+from recsys_edu.kernels import make_kernel
+from recsys_edu.kernels.jagged_ops import permute_1d
+from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor
+
+if TYPE_CHECKING:
+    from recsys_edu.distributed.sequence_assembly import Places
+
+NUM_SIZES = 4  # what each rank tells each other: number of values, batch size, bad feature + 1 (or 0), bad id
+
+
+@dataclass
+class Flight:
+    """One batch in progress through a sharded module: what was started, and what is known so far."""
+
+    kjt: KeyedJaggedTensor
+    wire: Wire
+    sizes: Transfer
+    phase: int = 1
+    sent_values_W: list[int] = field(default_factory=list)
+    received_values_W: list[int] = field(default_factory=list)
+    batch_sizes_W: list[int] = field(default_factory=list)
+    payload: Transfer | None = None
+    weights: Tensor | None = None
+    weights_transfer: Transfer | None = None
+    weights_gradient: Transfer | None = None
+    lane_order_M: Tensor | None = None
+    """For every value in lane-major order, its place among the received ones; None when they are the same."""
+    totals_Wl: Tensor | None = None
+    """How many values each rank sent for each lane of this one."""
+    results: list[Tensor] = field(default_factory=list)
+    """Per kernel of this rank: pooled `[sum of B, columns]` or one row per value."""
+    local: Tensor | None = None
+    """What this rank's own replicas of data-parallel tables gave."""
+    returned: Tensor | None = None
+    """Buffer that the answers arrive in, and `answer`, the transfer that fills it."""
+    answer: Transfer | None = None
+    gradient: Transfer | None = None
+    places: Places | None = None
+    answer_elements_W: list[int] = field(default_factory=list)
+    """Sequences only: where returned rows go, and how many numbers each rank gets from this one."""
+
+    @property
+    def batch_size(self) -> int:
+        return self.wire.batch_size
+
+
+class LaneLookup:
+    """This rank's kernels and the three phases that feed them.
+
+    Args:
+        layout: the lanes, equal on every rank.
+        exchange: this rank's end of the all-to-all.
+        device: where batches and shards are.
+        weighted: features carry per-sample weights.
+
+    Raises:
+        IndexError: from `exchange_input`, on every rank alike, when any rank's batch has an id that is not a row of
+            its table; it names rank, feature, id and table, and nothing has been updated.
+    """
+
+    def __init__(self, layout: Layout, exchange: Exchange, device: torch.device, weighted: bool = False) -> None:
+        self.layout, self.exchange, self.device, self.weighted = layout, exchange, device, weighted
+        self.rank_kernels = layout.kernels_of_rank(exchange.rank)
+        self.kernels = [make_kernel(kernel.spec, device) for kernel in self.rank_kernels]
+        self.num_lanes = layout.num_lanes_W[exchange.rank]
+        largest = max((shard.num_rows for table in layout.tables for shard in table.shards), default=0)
+        self.wire_dtype = torch.int32 if largest < 2**31 else torch.int64
+        self._routers: dict[tuple[str, ...], Router] = {}
+        rows_of_feature: dict[str, int] = {}
+        for output in layout.outputs:
+            smallest = rows_of_feature.get(output.feature, output.table.num_rows)
+            rows_of_feature[output.feature] = min(smallest, output.table.num_rows)
+        self._rows_of_feature = rows_of_feature
+
+    def start_input(self, kjt: KeyedJaggedTensor) -> Flight:
+        """Phase 1: route the batch and start to tell every rank how much it will get."""
+        if kjt.variable_stride_per_key():
+            kjt = pad_to_common_batch(kjt)
+        if self.weighted and kjt.weights_or_none() is None:
+            raise ValueError("this collection is_weighted, but the batch's KeyedJaggedTensor has no weights")
+        problem_2 = self._find_bad_id(kjt)
+        if bool(problem_2[0] > 0):  # host sync: ids that are no rows must not reach a kernel
+            kjt = _without_values(kjt)
+        wire = self._router(tuple(kjt.keys())).route(kjt, with_source=self.weighted or not self.layout.pooled)
+        values_W = _sum_by_rank(wire.lengths_LB.sum(1), self.layout.num_lanes_W)
+        sizes_W4 = torch.empty(self.exchange.world_size, NUM_SIZES, dtype=torch.int64, device=values_W.device)
+        sizes_W4[:, 0] = values_W
+        sizes_W4[:, 1] = wire.batch_size
+        sizes_W4[:, 2:] = problem_2
+        counts_W = [NUM_SIZES] * self.exchange.world_size
+        sizes = self.exchange.start(sizes_W4.flatten(), counts_W, counts_W, "sizes")
+        flight = Flight(kjt, wire, sizes)
+        flight.sent_values_W = values_W.tolist()  # host sync: all-to-all takes its split sizes from the host
+        return flight
+
+    def exchange_input(self, flight: Flight) -> None:
+        """Phase 2: learn what is coming, then start to send lengths and ids, packed, one piece per rank."""
+        flight.phase = 2
+        received_W4 = flight.sizes.wait().view(-1, NUM_SIZES).tolist()  # host sync: sizes of the receive buffers
+        self._raise_if_bad(received_W4)
+        flight.received_values_W = [row[0] for row in received_W4]
+        flight.batch_sizes_W = [row[1] for row in received_W4]
+        wire, num_lanes_W = flight.wire, self.layout.num_lanes_W
+        if self.exchange.world_size > 1:
+            lengths_W = wire.lengths_LB.to(self.wire_dtype).split(num_lanes_W)
+            values_W = wire.values_N.to(self.wire_dtype).split(flight.sent_values_W)
+            send = torch.cat([part for pair in zip(lengths_W, values_W) for part in (pair[0].flatten(), pair[1])])
+            send_W = [lanes * wire.batch_size + n for lanes, n in zip(num_lanes_W, flight.sent_values_W)]
+            receive_W = [self.num_lanes * b + n for b, n in zip(flight.batch_sizes_W, flight.received_values_W)]
+            flight.payload = self.exchange.start(send, send_W, receive_W, "lengths and ids")
+        if self.weighted:
+            weights = flight.kjt.weights()[wire.source_N]
+            flight.weights = _StartWeights.apply(weights, flight, self.exchange)
+
+    def lookup(self, flight: Flight) -> None:
+        """Phase 3: take what arrived, lane by lane, and run this rank's kernels over it."""
+        flight.phase = 3
+        lengths_lM, values_M = self._lane_major(flight)
+        weights_M = None
+        if self.weighted:
+            weights_M = _WaitWeights.apply(flight.weights, flight, self.exchange)
+            weights_M = weights_M if flight.lane_order_M is None else weights_M[flight.lane_order_M]
+        if not self.kernels and not self.layout.pooled:
+            return
+        if not self.kernels:
+            flight.results = [_nothing_owned(sum(flight.batch_sizes_W), weights_M, self.device)]
+            return
+        offsets = offsets_of(lengths_lM)
+        if len(self.kernels) == 1:
+            flight.results = [self.kernels[0](values_M, offsets, weights_M)]
+            return
+        batch, first_lane = lengths_lM.shape[1], 0
+        for kernel, ranked in zip(self.kernels, self.rank_kernels):
+            last_lane = first_lane + len(ranked.lanes)
+            part = offsets[first_lane * batch : last_lane * batch + 1]
+            start, stop = part[0].item(), part[-1].item()  # host sync: where this kernel's values lie
+            weights = None if weights_M is None else weights_M[start:stop]
+            flight.results.append(kernel(values_M[start:stop], part - part[0], weights))
+            first_lane = last_lane
+
+    def _lane_major(self, flight: Flight) -> tuple[Tensor, Tensor]:
+        """What arrived, rank after rank, as lengths [l, sum of B] and values ordered by lane, then rank."""
+        if flight.payload is None:
+            flight.totals_Wl = flight.wire.lengths_LB.sum(1).unsqueeze(0)
+            return flight.wire.lengths_LB, flight.wire.values_N
+        lengths, values = [], []
+        pieces = flight.payload.wait().split(
+            [self.num_lanes * b + n for b, n in zip(flight.batch_sizes_W, flight.received_values_W)]
+        )
+        for piece, batch_size in zip(pieces, flight.batch_sizes_W):
+            lengths.append(piece[: self.num_lanes * batch_size].view(self.num_lanes, batch_size))
+            values.append(piece[self.num_lanes * batch_size :])
+        received = torch.cat(values)
+        flight.totals_Wl = totals_Wl = torch.stack([part.sum(1, dtype=self.wire_dtype) for part in lengths])
+        if self.num_lanes < 2:
+            return torch.cat(lengths, dim=1), received
+        segments = torch.arange(totals_Wl.numel(), device=received.device).view(totals_Wl.shape).t().flatten()
+        if self.weighted or not self.layout.pooled:
+            places = torch.arange(received.numel(), device=received.device)
+            _, flight.lane_order_M, _ = permute_1d(segments, totals_Wl.flatten(), places)
+            return torch.cat(lengths, dim=1), received[flight.lane_order_M]
+        _, values_M, _ = permute_1d(segments, totals_Wl.flatten(), received)
+        return torch.cat(lengths, dim=1), values_M
+
+    def _router(self, keys: tuple[str, ...]) -> Router:
+        if keys not in self._routers:
+            self._routers[keys] = Router(self.layout, list(keys), self.device)
+        return self._routers[keys]
+
+    def _find_bad_id(self, kjt: KeyedJaggedTensor) -> Tensor:
+        """[position of the feature + 1, id] of the first id that is no row of its table; [0, 0] when all are."""
+        values_N = kjt.values()
+        no_limit = torch.iinfo(torch.int64).max
+        keys = kjt.keys()
+        limits = torch.tensor([self._rows_of_feature.get(key, no_limit) for key in keys], device=values_N.device)
+        lengths_F = torch.tensor(kjt.length_per_key(), device=values_N.device)
+        limit_N = torch.repeat_interleave(limits, lengths_F, output_size=values_N.numel())
+        bad_N = (values_N < 0) & (limit_N < no_limit) | (values_N >= limit_N)
+        if not bad_N.any():  # host sync: the usual case ends here
+            return torch.zeros(2, dtype=torch.int64, device=values_N.device)
+        first = int(bad_N.int().argmax())
+        feature = int(torch.searchsorted(lengths_F.cumsum(0), first, right=True))
+        key = self.layout.features.index(keys[feature])
+        return torch.stack([torch.tensor(key + 1), values_N[first].cpu().long()]).to(values_N.device)
+
+    def _raise_if_bad(self, sizes_W4: list[list[int]]) -> None:
+        for rank, (_, _, feature, bad_id) in enumerate(sizes_W4):
+            if feature:
+                name = self.layout.features[feature - 1]
+                table = min(
+                    (output.table for output in self.layout.outputs if output.feature == name),
+                    key=lambda table: table.num_rows,
+                )
+                raise IndexError(
+                    f"rank {rank}: feature {name!r} has id {bad_id}, but table {table.name!r} has rows 0 to "
+                    f"{table.num_rows - 1}. No rank looked anything up or updated anything; map ids into the table "
+                    "(hash or remap them) or make the table larger"
+                )
+
+
+class _StartWeights(torch.autograd.Function):
+    """Per-sample weights travel like ids; on the way back, their gradients arrive here."""
+
+    @staticmethod
+    def forward(ctx, weights_N: Tensor, flight: Flight, exchange: Exchange) -> Tensor:
+        ctx.flight, ctx.world_size = flight, exchange.world_size
+        flight.weights_transfer = exchange.start(weights_N, flight.sent_values_W, flight.received_values_W, "weights")
+        return flight.weights_transfer.received
+
+    @staticmethod
+    def backward(ctx, placeholder: Tensor) -> tuple[Tensor, None, None]:
+        # The gradient of the tables was divided by W on its way out; these weights belong to this rank alone.
+        return ctx.flight.weights_gradient.wait() * ctx.world_size, None, None
+
+
+class _WaitWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, received_M: Tensor, flight: Flight, exchange: Exchange) -> Tensor:
+        ctx.flight, ctx.exchange = flight, exchange
+        return flight.weights_transfer.wait().clone()
+
+    @staticmethod
+    def backward(ctx, gradient_M: Tensor) -> tuple[Tensor, None, None]:
+        flight, exchange = ctx.flight, ctx.exchange
+        flight.weights_gradient = exchange.start(
+            gradient_M.contiguous(), flight.received_values_W, flight.sent_values_W, "gradients of weights"
+        )
+        return gradient_M, None, None
+
+
+def _nothing_owned(num_bags: int, weights_M: Tensor | None, device: torch.device) -> Tensor:
+    """The answer of a rank without lanes: no columns, yet a part of the graph, so that it joins every backward."""
+    nothing = torch.zeros(num_bags, 0, device=device)
+    return nothing if weights_M is None else nothing + 0.0 * weights_M.sum()
+
+
+def _sum_by_rank(totals_L: Tensor, num_lanes_W: list[int]) -> Tensor:
+    return torch.stack([part.sum() for part in totals_L.split(num_lanes_W)])
+
+
+def _without_values(kjt: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """The same keys and batch size with every bag empty: what a rank with a bad id sends while all ranks stop."""
+    weights = kjt.weights_or_none()
+    return KeyedJaggedTensor(
+        kjt.keys(),
+        kjt.values()[:0],
+        None if weights is None else weights[:0],
+        lengths=torch.zeros_like(kjt.lengths()),
+        stride=kjt.stride(),
+    )

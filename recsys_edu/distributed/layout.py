@@ -1,0 +1,177 @@
+"""The layout of a sharded module: its lanes, worked out once from tables and shards, equal on every rank.
+
+A lane is one (feature, shard) pair: the ids of that feature which that shard must see. Lanes are ordered by
+rank, then by kernel, then by table, so what a rank sends to another lies in one piece, and what it receives
+falls into one piece per kernel. Nothing here looks at a batch.
+
+Suffixes: L lanes, W ranks, F features, T tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from recsys_edu.distributed.sharding.tiling import Shard, row_cuts
+from recsys_edu.kernels.spec import KernelSpec, OptimizerSpec, TableSpec
+from recsys_edu.types import DataType
+
+
+@dataclass(frozen=True)
+class ShardedTable:
+    """One embedding table and the rectangles it is cut into.
+
+    `optimizer` None means a dense kernel: weights that get ordinary gradients.
+    """
+
+    name: str
+    num_rows: int
+    num_columns: int
+    features: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    mean: bool = False
+    data_type: DataType = DataType.FP32
+    optimizer: OptimizerSpec | None = None
+
+    @cached_property
+    def row_cuts(self) -> tuple[int, ...]:
+        """Where the rows are cut, both ends included: (0, R) for a table with whole rows."""
+        return tuple(row_cuts(self.shards))
+
+    @property
+    def num_row_blocks(self) -> int:
+        return len(self.row_cuts) - 1
+
+
+@dataclass(frozen=True)
+class Output:
+    """One answer of the module: what `feature` finds in `table`, `num_columns` wide from column `column` on."""
+
+    feature: str
+    table: ShardedTable
+    column: int
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One (feature, shard) pair. `row_block` says which block of the table's rows the shard holds."""
+
+    output: Output
+    shard: Shard
+    row_block: int
+
+    @property
+    def rank(self) -> int:
+        return self.shard.rank
+
+    @property
+    def width(self) -> int:
+        return len(self.shard.columns)
+
+    @property
+    def first_column(self) -> int:
+        """Where the lane's columns lie in the module's whole output row."""
+        return self.output.column + self.shard.columns.start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All lanes of one sharded module, derived from its tables alone.
+
+    >>> layout.lanes_W[1]                              # doctest: +SKIP
+    (Lane(output=..., shard=Shard('t_user', rows=range(0, 10), columns=range(0, 8), rank=1), row_block=0),)
+
+    Args:
+        tables: in config order.
+        world_size: W, number of ranks.
+        pooled: one row per bag (embedding bags) or one row per id (sequences).
+    """
+
+    tables: tuple[ShardedTable, ...]
+    world_size: int
+    pooled: bool
+
+    @cached_property
+    def features(self) -> tuple[str, ...]:
+        """Features in order of first use."""
+        return tuple(dict.fromkeys(feature for table in self.tables for feature in table.features))
+
+    @cached_property
+    def outputs(self) -> tuple[Output, ...]:
+        """One per (table, feature) in config order: the order of the answer, whatever the plan."""
+        outputs, column = [], 0
+        for table in self.tables:
+            for feature in table.features:
+                outputs.append(Output(feature, table, column))
+                column += table.num_columns
+        return tuple(outputs)
+
+    @property
+    def num_columns(self) -> int:
+        return sum(output.table.num_columns for output in self.outputs)
+
+    @cached_property
+    def lanes(self) -> tuple[Lane, ...]:
+        """Rank-major; inside a rank kernel by kernel, inside a kernel in config order."""
+        lanes = [
+            Lane(output, shard, output.table.row_cuts.index(shard.rows.start))
+            for output in self.outputs
+            for shard in output.table.shards
+            if len(shard.rows) > 0
+        ]
+        kernels = list(dict.fromkeys(self._kernel_key(lane) for lane in lanes))
+        return tuple(sorted(lanes, key=lambda lane: (lane.rank, kernels.index(self._kernel_key(lane)))))
+
+    @cached_property
+    def lanes_W(self) -> tuple[tuple[Lane, ...], ...]:
+        """The lanes of each rank."""
+        lanes_of_rank: list[list[Lane]] = [[] for _ in range(self.world_size)]
+        for lane in self.lanes:
+            lanes_of_rank[lane.rank].append(lane)
+        return tuple(tuple(lanes) for lanes in lanes_of_rank)
+
+    @cached_property
+    def num_lanes_W(self) -> list[int]:
+        return [len(lanes) for lanes in self.lanes_W]
+
+    @cached_property
+    def width_W(self) -> list[int]:
+        """Columns that each rank's lanes produce together."""
+        return [sum(lane.width for lane in lanes) for lanes in self.lanes_W]
+
+    def kernels_of_rank(self, rank: int) -> list[RankKernel]:
+        """What `rank` has to look up: one kernel per weight type, optimizer and, for sequences, width."""
+        groups: dict[object, list[Lane]] = {}
+        for lane in self.lanes_W[rank]:
+            groups.setdefault(self._kernel_key(lane), []).append(lane)
+        return [self._rank_kernel(lanes) for lanes in groups.values()]
+
+    def _kernel_key(self, lane: Lane) -> tuple[object, ...]:
+        table = lane.output.table
+        return (table.data_type, table.optimizer, None if self.pooled else lane.width)
+
+    def _rank_kernel(self, lanes: list[Lane]) -> RankKernel:
+        shards = list(dict.fromkeys(lane.shard for lane in lanes))
+        spec = KernelSpec(
+            tables=tuple(TableSpec(shard.table, len(shard.rows), len(shard.columns)) for shard in shards),
+            lane_tables=tuple(shards.index(lane.shard) for lane in lanes),
+            pooled=self.pooled,
+            data_type=lanes[0].output.table.data_type,
+            optimizer=lanes[0].output.table.optimizer,
+            validate_ids=False,  # checked once, before routing, where the error can still name the batch's rank
+            lane_features=tuple(lane.output.feature for lane in lanes),
+        )
+        return RankKernel(spec, tuple(shards), tuple(lanes))
+
+
+@dataclass(frozen=True)
+class RankKernel:
+    """One table-batched kernel of a rank: what it computes, which shards it holds, which lanes it serves."""
+
+    spec: KernelSpec
+    shards: tuple[Shard, ...]
+    lanes: tuple[Lane, ...]
+
+    @property
+    def width(self) -> int:
+        return sum(lane.width for lane in self.lanes)
