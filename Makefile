@@ -34,7 +34,7 @@ test:  ## the whole test suite, notebooks included (ARGS="-k jagged" narrows it)
 
 lab:  ## JupyterLab on the notebooks
 	$(call setup,notebooks)
-	@$(RUN) -m jupyter lab --notebook-dir=notebooks
+	@$(RUN) -m jupyter lab --notebook-dir=notebooks $(ARGS)
 
 check:  ## linter, formatting, committed notebooks clean, README's generated parts in step
 	$(call setup,notebooks$(comma)dev)
@@ -49,7 +49,7 @@ bench:  ## measure against raw FBGEMM, plain PyTorch and, where installed, Torch
 
 doctor:  ## what is installed, which kernels run, and what to do about each mismatch
 	$(call setup,notebooks)
-	@$(RUN) recsys_edu/notebook/doctor.py
+	@$(RUN) -m recsys_edu.notebook.cli doctor
 
 clean-notebooks:  ## take outputs and stray metadata out of the notebooks before a commit
 	$(call setup,notebooks)

@@ -3,14 +3,15 @@
     python scripts/readme.py            rewrite them
     python scripts/readme.py --check    exit 1 where the README is behind
 
-A result file is JSON: {"title": str, "conditions": {name: value}, "columns": [str], "rows": [[...]]} and
-optionally "note": str. Numbers are shown with three significant digits.
+A result file is what benchmarks/common.py writes: {"machine": {name: value}, "rows": [{column: value}]}. Its title
+is the first sentence of the benchmark's docstring. Numbers are shown with three significant digits.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import html
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+LONGEST_OPEN_TABLE = 12  # rows
 
 READING_ORDER = {
     "Data that comes in": [
@@ -108,17 +110,31 @@ def shown(value: object) -> str:
 
 
 def results() -> str:
-    """One table for each committed result file, with the conditions it was measured under."""
+    """One table for each committed result file, with the conditions it was measured under; long ones folded."""
     parts = []
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        conditions = "; ".join(f"{name} {value}" for name, value in result["conditions"].items())
-        rows = [[shown(value) for value in row] for row in result["rows"]]
-        table = [result["columns"], ["---"] * len(result["columns"]), *rows]
-        lines = [f"**{result['title']}**", "", *("| " + " | ".join(row) + " |" for row in table), ""]
-        lines.append(f"Conditions: {conditions}." + (f" {result['note']}" if result.get("note") else ""))
+        title = first_sentence(RESULTS.parent / f"{path.stem}.py").rstrip(".")
+        columns = list(result["rows"][0])
+        rows = [[shown(row[column]) for column in columns] for row in result["rows"]]
+        table = [columns, ["---"] * len(columns), *rows]
+        lines = [*("| " + " | ".join(row) + " |" for row in table), "", f"Conditions: {conditions(result['machine'])}."]
+        if len(rows) > LONGEST_OPEN_TABLE:
+            opening = f"<details><summary><b>{html.escape(title)}</b> ({len(rows)} rows)</summary>"
+            lines = [opening, "", *lines, "", "</details>"]
+        else:
+            lines = [f"**{title}**", "", *lines]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) or "No measurement has been committed yet; `make bench` measures on your machine."
+
+
+def conditions(machine: dict) -> str:
+    """The machine, the versions and the command in one line."""
+    named = {**machine, **machine.get("versions", {})}
+    named.pop("versions", None)
+    command = named.pop("command", None)
+    texts = [f"{name.replace('_', ' ')} {value}" for name, value in named.items() if value is not None]
+    return "; ".join(texts + ([f"`{command}`"] if command else []))
 
 
 GENERATED = {"notebooks": notebooks, "reading order": reading_order, "results": results}

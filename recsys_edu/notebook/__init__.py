@@ -6,6 +6,7 @@ Nothing here keeps state in notebook files: a check compares with a reference on
 and how many hints were shown is forgotten when the kernel restarts.
 """
 
+from recsys_edu.notebook.doctor import doctor
 from recsys_edu.notebook.exercise import CheckFailed, Exercise, check, exercise, hint
 from recsys_edu.notebook.explore import explore
 from recsys_edu.notebook.predict import predict
@@ -18,6 +19,7 @@ __all__ = [
     "Exercise",
     "by_profile",
     "check",
+    "doctor",
     "exercise",
     "explore",
     "hint",

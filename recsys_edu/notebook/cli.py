@@ -1,4 +1,4 @@
-"""The commands behind `recsys_edu ...`; each imports what it needs when it is called.
+"""The commands behind `recsys_edu ...`; each imports what it needs when it is called, and the doctor needs no torch.
 
 recsys_edu doctor                       what is installed and what to do about mismatches
 recsys_edu data fetch                   MovieLens-100K into the cache
@@ -57,11 +57,12 @@ def demo(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """every benchmark of the checkout, or those whose names contain the arguments"""
+    """every benchmark of the checkout, or those whose names contain one of the arguments"""
     folder = Path(__file__).resolve().parents[2] / "benchmarks"
-    scripts = [path for path in sorted(folder.glob("bench_*.py")) if all(text in path.stem for text in arguments)]
+    scripts = [path for path in sorted(folder.glob("*.py")) if path.stem not in ("common", "__init__")]
+    scripts = [path for path in scripts if not arguments or any(text in path.stem for text in arguments)]
     if not scripts:
-        print(f"no benchmark in {folder} matches {' '.join(arguments) or 'bench_*.py'}", file=sys.stderr)
+        print(f"no benchmark in {folder} matches {' '.join(arguments) or '*.py'}", file=sys.stderr)
         return 2
     failed = [path.name for path in scripts if subprocess.run([sys.executable, str(path)], check=False).returncode]
     if failed:

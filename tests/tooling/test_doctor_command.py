@@ -6,13 +6,14 @@ import importlib
 import os
 import subprocess
 import time
+import tomllib
 import venv
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCTOR = ROOT / "recsys_edu" / "notebook" / "doctor.py"
+DOCTOR = ("-m", "recsys_edu.notebook.cli", "doctor")
 
 TORCH = """
 __version__ = "2.13.0+cpu"
@@ -46,8 +47,9 @@ def situation(bare_python, tmp_path):
             metadata.mkdir()
             (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
 
-    def answer(backend: str = "auto", arguments: tuple[str, ...] = (str(DOCTOR),)) -> tuple[int, str]:
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "RECSYS_EDU_BACKEND": backend}
+    def answer(backend: str = "auto", arguments: tuple[str, ...] = DOCTOR) -> tuple[int, str]:
+        path = os.pathsep.join([str(tmp_path), str(ROOT)])
+        environment = {**os.environ, "PYTHONPATH": path, "RECSYS_EDU_BACKEND": backend}
         environment |= {"RECSYS_EDU_DATA": str(tmp_path / "data"), "PYTHONIOENCODING": "utf-8"}
         done = subprocess.run(
             [bare_python, *arguments], capture_output=True, env=environment, cwd=tmp_path, timeout=120, check=False
@@ -142,31 +144,23 @@ def test_both_builds_at_once(situation):
     assert "overwrite each other's files" in text
 
 
-def test_the_console_command_needs_no_torch(situation):
-    code, text = situation(arguments=(str(ROOT / "recsys_edu_command.py"), "doctor"))
-    assert code == 1
-    assert "torch          not installed" in text
+def test_the_console_command_is_what_these_tests_run():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["scripts"] == {"recsys_edu": "recsys_edu.notebook.cli:main"}
 
 
-def test_other_commands_point_to_the_doctor_when_the_package_cannot_be_imported(bare_python, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
-    (tmp_path / "recsys_edu").mkdir()
-    (tmp_path / "recsys_edu" / "__init__.py").write_text("import torch")
-    program = (ROOT / "recsys_edu_command.py").read_text()
-    (tmp_path / "command.py").write_text(program)
-    done = subprocess.run(
-        [bare_python, tmp_path / "command.py", "demo"], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 1
-    assert "no torch here" in done.stderr
-    assert "recsys_edu doctor" in done.stderr
+def test_there_is_help_for_who_does_not_know_the_commands(situation):
+    code, text = situation(arguments=("-m", "recsys_edu.notebook.cli"))
+    assert code == 0
+    assert all(f"recsys_edu {name} " in text for name in ("doctor", "data", "demo", "notebooks", "bench"))
+    assert situation(arguments=("-m", "recsys_edu.notebook.cli", "docter"))[0] == 2
 
 
 def test_an_import_that_never_ends_is_given_up():
-    doctor = importlib.import_module("recsys_edu.notebook.doctor")
+    from recsys_edu.notebook.machine import probe
+
     start = time.monotonic()
-    found = doctor.probe("import time; time.sleep(600)", seconds=0.5)
+    found = probe("import time; time.sleep(600)", seconds=0.5)
     assert found.outcome == "hangs"
     assert time.monotonic() - start < 60
 

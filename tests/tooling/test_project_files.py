@@ -87,9 +87,9 @@ def test_the_torch_that_is_installed_fits_the_projects_range_and_the_fbgemm_pin(
 
 
 def test_doctor_looks_for_packages_of_the_notebooks_extra():
-    doctor = importlib.import_module("recsys_edu.notebook.doctor")
+    machine = importlib.import_module("recsys_edu.notebook.machine")
     named = {re.split(r"[<>=;\[ ]", line)[0] for line in PROJECT["optional-dependencies"]["notebooks"]}
-    assert set(doctor.NOTEBOOK_PACKAGES) <= named
+    assert set(machine.NOTEBOOK_PACKAGES) <= named
 
 
 # ------------------------------------------------------------ README
@@ -113,19 +113,21 @@ def test_generated_parts_notice_a_changed_docstring(tmp_path):
     assert script("readme").first_sentence(module) == "One thing: and the rest of it."
 
 
-def test_a_result_file_becomes_a_table_with_its_conditions(tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_rows", [1, 13])
+def test_a_result_file_becomes_a_table_with_its_conditions(tmp_path, monkeypatch, num_rows):
     readme = script("readme")
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
     assert "No measurement" in readme.results()
-    result = {"title": "Lookup", "conditions": {"cores": 2}, "columns": ["what", "ms"], "rows": [["ours", 86.123]]}
-    (tmp_path / "lookup.json").write_text(json.dumps(result))
-    assert readme.results().splitlines()[2:] == [
-        "| what | ms |",
-        "| --- | --- |",
-        "| ours | 86.1 |",
-        "",
-        "Conditions: cores 2.",
-    ]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "lookup.py").write_text('"""One lookup. And more."""')
+    machine = {"cores": 2, "gpu": None, "versions": {"torch": "2.13.0"}, "command": "python lookup.py"}
+    result = {"machine": machine, "rows": [{"what": "ours", "ms": 86.123}] * num_rows}
+    (tmp_path / "results" / "lookup.json").write_text(json.dumps(result))
+    lines = readme.results().splitlines()
+    assert ("<details>" in lines[0]) == (num_rows > 12)
+    assert "One lookup" in lines[0]
+    assert lines[2:5] == ["| what | ms |", "| --- | --- |", "| ours | 86.1 |"]
+    assert "Conditions: cores 2; torch 2.13.0; `python lookup.py`." in lines
 
 
 @pytest.mark.parametrize(
