@@ -1,14 +1,16 @@
 """MovieLens as a click-through task: does this user like this film (rating 4 or 5)?
 
 Protocol (RecBole's CTR setting): label 1 where the rating is at least 4; all ratings split 8 : 1 : 1 at random.
-Nothing leaks: every statistic is counted on the training part alone, a training example never counts itself, and
-what is called "past" uses only training ratings strictly older than the example.
+Nothing leaks: every statistic comes from the training part alone. For a training example the means leave out the
+whole fold (a tenth of the training part) that it is in, so that no feature contains its own label; and what is called
+"past" or "recent" uses only training ratings strictly older than the example.
 
-    dense   age, year, hour_sin, hour_cos, user_days, item_days      (z-scored with the training part's moments)
-            user_count, item_count                                   log(1 + number of other training ratings)
-            user_past_mean, item_past_mean                           smoothed mean rating in the past
-        user_recent_mean, user_genre_past_mean                   the same for the user's latest 10 ratings, and for
-                                                                 the user's ratings of films of the same genres
+    dense   age, year, hour_sin, hour_cos, user_days, item_days
+            user_count, item_count             log(1 + number of other training ratings)
+            user_mean, item_mean               mean training rating, shrunk towards the overall mean
+            user_genre_mean                    how far the user rates films of these genres above the films' means
+            user_recent_mean                   mean of the user's latest 10 past ratings
+            (all z-scored with the training part's moments)
     sparse  user, item, gender, occupation, zip_prefix, decade       one id each
             genres                                                   a bag
             liked, disliked                                          bags: the user's latest past ratings, as items
@@ -32,10 +34,12 @@ from recsys_edu.datasets.tabular import JaggedColumn, TabularBatches, TabularDat
 
 LIKE_THRESHOLD = 4.0
 DENSE_NAMES = (
-    "age", "year", "hour_sin", "hour_cos", "user_days", "item_days", "user_count", "item_count", "user_past_mean",
-    "item_past_mean", "user_recent_mean", "user_genre_past_mean",
+    "age", "year", "hour_sin", "hour_cos", "user_days", "item_days", "user_count", "item_count", "user_mean",
+    "item_mean", "user_genre_mean", "user_recent_mean",
 )  # fmt: skip
 _PRIOR_STRENGTH = 5.0
+_NUM_FOLDS = 10
+_NUM_RECENT = 10
 _SECONDS_PER_DAY = 86_400
 
 
@@ -183,35 +187,42 @@ class _Timeline:
         return start, np.searchsorted(self.keys, self.pack(owner, timestamp), side="left")
 
 
-def _past_mean(
-    owner: np.ndarray,
-    timestamp: np.ndarray,
-    ratings: np.ndarray,
-    is_train: np.ndarray,
-    prior: np.ndarray | float,
-    latest: int | None = None,
+def _recent_mean(
+    owner: np.ndarray, timestamp: np.ndarray, ratings: np.ndarray, is_train: np.ndarray, prior: np.ndarray
 ) -> np.ndarray:
-    """Mean of the owner's past ratings (the `latest` ones, if given), shrunk towards `prior` where they are few."""
+    """Mean of the owner's latest past ratings, shrunk towards `prior` where they are few."""
     timeline = _Timeline.of(owner, timestamp, is_train)
     start, end = timeline.past(owner, timestamp)
-    if latest is not None:
-        start = np.maximum(start, end - latest)
+    start = np.maximum(start, end - _NUM_RECENT)
     total_before = np.concatenate([[0.0], np.cumsum(ratings[timeline.rows], dtype=np.float64)])
     return (total_before[end] - total_before[start] + _PRIOR_STRENGTH * prior) / (end - start + _PRIOR_STRENGTH)
 
 
-def _past_mean_of_genres(
-    examples: dict[str, np.ndarray], genres: JaggedColumn, is_train: np.ndarray, user_mean: np.ndarray
+def _out_of_fold_mean(
+    owner: np.ndarray, ratings: np.ndarray, is_train: np.ndarray, fold: np.ndarray, prior: float
 ) -> np.ndarray:
-    """Mean, over an example's genres, of the user's past ratings of films of that genre."""
+    """Mean of the owner's training ratings outside the example's fold, shrunk towards `prior`.
+
+    Without folds a model that also knows the owner's id could work out the example's own label from the mean.
+    """
+    key = owner.astype(np.int64) * _NUM_FOLDS + fold
+    num_keys = (int(owner.max()) + 1) * _NUM_FOLDS
+    count = np.bincount(key[is_train], minlength=num_keys).reshape(-1, _NUM_FOLDS)
+    total = np.bincount(key[is_train], weights=ratings[is_train], minlength=num_keys).reshape(-1, _NUM_FOLDS)
+    others_count = count.sum(axis=1)[owner] - np.where(is_train, count[owner, fold], 0)
+    others_total = total.sum(axis=1)[owner] - np.where(is_train, total[owner, fold], 0)
+    return (others_total + _PRIOR_STRENGTH * prior) / (others_count + _PRIOR_STRENGTH)
+
+
+def _genre_mean(
+    user: np.ndarray, residual: np.ndarray, is_train: np.ndarray, fold: np.ndarray, genres: JaggedColumn
+) -> np.ndarray:
+    """Over an example's genres, the average of the user's out-of-fold mean residual on films of that genre."""
     lengths = genres.offsets.diff().numpy()
     example = np.repeat(np.arange(len(lengths)), lengths)  # one entry per (example, genre)
-    owner = examples["user_id"][example].astype(np.int64) * (int(genres.values.max()) + 1) + genres.values.numpy()
-    means = _past_mean(
-        owner, examples["timestamp"][example], examples["rating"][example], is_train[example], user_mean[example]
-    )
-    total = np.bincount(example, weights=means, minlength=len(lengths))
-    return np.where(lengths > 0, total / np.maximum(lengths, 1), user_mean)
+    owner = user[example].astype(np.int64) * (int(genres.values.max()) + 1) + genres.values.numpy()
+    means = _out_of_fold_mean(owner, residual[example], is_train[example], fold[example], 0.0)
+    return np.bincount(example, weights=means, minlength=len(lengths)) / np.maximum(lengths, 1)
 
 
 def _days_since_first(owner: np.ndarray, timestamp: np.ndarray, is_train: np.ndarray) -> np.ndarray:
@@ -229,7 +240,9 @@ def _log_count_of_others(owner: np.ndarray, is_train: np.ndarray) -> np.ndarray:
 def _dense_features(examples: dict[str, np.ndarray], genres: JaggedColumn, is_train: np.ndarray) -> np.ndarray:
     user, item, time, ratings = (examples[name] for name in ("user_id", "item_id", "timestamp", "rating"))
     overall_mean = float(ratings[is_train].mean())
-    user_mean = _past_mean(user, time, ratings, is_train, overall_mean)
+    fold = np.random.default_rng(0).integers(_NUM_FOLDS, size=len(user))
+    user_mean = _out_of_fold_mean(user, ratings, is_train, fold, overall_mean)
+    item_mean = _out_of_fold_mean(item, ratings, is_train, fold, overall_mean)
     angle = 2 * np.pi * (time % _SECONDS_PER_DAY) / _SECONDS_PER_DAY
     columns = {
         "age": examples["age"],
@@ -240,10 +253,10 @@ def _dense_features(examples: dict[str, np.ndarray], genres: JaggedColumn, is_tr
         "item_days": _days_since_first(item, time, is_train),
         "user_count": _log_count_of_others(user, is_train),
         "item_count": _log_count_of_others(item, is_train),
-        "user_past_mean": user_mean,
-        "item_past_mean": _past_mean(item, time, ratings, is_train, overall_mean),
-        "user_recent_mean": _past_mean(user, time, ratings, is_train, user_mean, latest=10),
-        "user_genre_past_mean": _past_mean_of_genres(examples, genres, is_train, user_mean),
+        "user_mean": user_mean,
+        "item_mean": item_mean,
+        "user_genre_mean": _genre_mean(user, ratings - item_mean, is_train, fold, genres),
+        "user_recent_mean": _recent_mean(user, time, ratings, is_train, user_mean),
     }
     matrix = np.stack([columns[name].astype(np.float64) for name in DENSE_NAMES], axis=1)
     mean, deviation = matrix[is_train].mean(axis=0), matrix[is_train].std(axis=0)
