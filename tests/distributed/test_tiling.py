@@ -237,3 +237,39 @@ def test_data_parallel_has_no_rectangles_and_other_types_need_them() -> None:
         parameter_sharding_from([shard((0, 6), (0, 8), 0)], "diagonal", "dense")
     with pytest.raises(ValueError, match="2 device types"):
         parameter_sharding_from([shard((0, 6), (0, 8), 0)], ShardingType.TABLE_WISE, "dense", ["cpu", "cpu"])
+
+
+def figure_of(*args, **kwargs):
+    pytest.importorskip("plotly")
+    from recsys_edu.viz.tiling import tiling_figure
+
+    return tiling_figure(*args, **kwargs)
+
+
+def test_a_figure_has_a_rectangle_and_a_label_for_every_shard_that_holds_something() -> None:
+    shards = row_wise_shards("user", 9, 16, range(8))  # ranks 5, 6 and 7 hold nothing
+    figure = figure_of({"user": shards}, world_size=8)
+    assert [(min(t.y), max(t.y)) for t in figure.data] == [(s.rows.start, s.rows.stop) for s in non_empty(shards)]
+    labels = [a.text for a in figure.layout.annotations]
+    assert labels == ["user", *(f"rank {rank}" for rank in range(5))]
+    assert "ranks 5, 6, 7: nothing" in figure.layout.title.text
+    assert list(figure.layout.yaxis.range) == [9, 0]  # rows run downwards
+
+
+def test_a_figure_puts_tables_side_by_side_and_says_what_is_replicated() -> None:
+    tables = {name: table_wise_shards(name, 6, 8, rank) for rank, name in enumerate("abcde")}
+    figure = figure_of(tables, replicated={"f": (3, 4)}, world_size=5)
+    assert len(figure.data) == 6
+    assert len({t.fillcolor for t in figure.data}) == 6
+    assert "a copy on<br>each of 5 ranks" in [a.text for a in figure.layout.annotations]
+    assert len({t.xaxis for t in figure.data}) == 6
+
+
+def test_a_figure_of_many_thin_shards_leaves_the_labels_out() -> None:
+    figure = figure_of({"user": row_wise_shards("user", 1024, 16, range(64))}, world_size=128)
+    assert len(figure.data) == 64
+    assert [a.text for a in figure.layout.annotations] == ["user"]
+    assert len(figure.layout.yaxis.tickvals) <= 9 and figure.layout.yaxis.tickvals[-1] == 1024
+    assert "64 of 128 ranks hold nothing" in figure.layout.title.text
+    with pytest.raises(ValueError, match="nothing to draw"):
+        figure_of({})
