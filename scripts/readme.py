@@ -120,7 +120,7 @@ def results() -> str:
         table = [columns, ["---"] * len(columns), *rows]
         lines = [*("| " + " | ".join(row) + " |" for row in table), "", f"Conditions: {conditions(result['machine'])}."]
         if len(rows) > LONGEST_OPEN_TABLE:
-            opening = f"<details><summary><b>{html.escape(title)}</b> ({len(rows)} rows)</summary>"
+            opening = f"<details><summary><b>{html.escape(title, quote=False)}</b> ({len(rows)} rows)</summary>"
             lines = [opening, "", *lines, "", "</details>"]
         else:
             lines = [f"**{title}**", "", *lines]
