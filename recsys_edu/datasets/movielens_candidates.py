@@ -1,11 +1,7 @@
-"""What a trained CTR model is asked for a recommendation: one person, every film.
+"""What a trained CTR model is asked for a recommendation: one person, every film, at one moment.
 
-A row of `movielens_ctr` holds what was known about a user and about a film when the rating was made. To
-recommend, the user's side of their latest row is joined with the film's side of *its* latest row.
-
-    user's side   dense: age, hour_sin, hour_cos, user_days, user_count, user_past_mean
-                  sparse: user, gender, occupation, zip_prefix, liked, disliked
-    film's side   dense: year, item_days, item_count, item_past_mean         sparse: item, decade, genres
+The rows are made by the same functions as the rows of `movielens_ctr`, as ratings that nobody has made yet, so
+each feature means here what it meant in training.
 
 Shapes: E films.
 """
@@ -14,14 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import polars as pl
 import torch
 
-from recsys_edu.datasets.movielens_ctr import MovieLensCTR
+from recsys_edu.datasets.movielens_ctr import (
+    LIKE_THRESHOLD,
+    MovieLensCTR,
+    _dense_features,
+    _examples,
+    _sparse_features,
+)
 from recsys_edu.datasets.tabular import JaggedColumn, TabularData
 
-ITEM_DENSE = ("year", "item_days", "item_count", "item_past_mean")
-ITEM_SPARSE = ("item", "decade", "genres")
+STRANGER = 0  # no user has this id
+FILM_SPARSE = ("item", "decade", "genres")
 
 
 def films_with_training_data(task: MovieLensCTR) -> torch.Tensor:
@@ -29,31 +32,24 @@ def films_with_training_data(task: MovieLensCTR) -> torch.Tensor:
     return task.train.sparse["item"].values.unique()
 
 
-def candidates_for_user(task: MovieLensCTR, user_id: int) -> TabularData:
-    """One row per film with training data, as this user would meet it after their latest training rating.
+def candidates_for_user(task: MovieLensCTR, user_id: int, history: int = 20) -> TabularData:
+    """One row per film with training data, as this user would meet it just after their latest rating.
 
-    Labels are all 0 and mean nothing.
+    `history` is that of `movielens_ctr`. Labels are all 0 and mean nothing.
 
     Raises:
         KeyError: the training part has no rating of this user.
     """
-    rows = torch.nonzero(task.train.sparse["user"].values == user_id).flatten()
-    if not len(rows):
+    if not (task.train.sparse["user"].values == user_id).any():
         raise KeyError(f"user {user_id} has no training rating; users are 1 to {task.num_embeddings['user'] - 1}")
-    latest_row = rows[_times(task)[rows].argmax()]
-    films = _latest_row_of_each_film(task)
-    sparse = {
-        name: JaggedColumn.of_lengths(*column.take(films if name in ITEM_SPARSE else latest_row.expand(len(films))))
-        for name, column in task.train.sparse.items()
-    }
-    dense = task.train.dense[latest_row].repeat(len(films), 1)
-    return TabularData(_with_film_side(task, dense, films), sparse, torch.zeros(len(films)))
+    return _candidates(task, user_id, history)
 
 
 def candidates_for_likes(task: MovieLensCTR, liked: Sequence[int]) -> TabularData:
     """One row per film for a stranger of whom only some liked films are known.
 
-    What is not known is an empty bag, which pools to zeros, and the average of each dense feature, which is 0.
+    The other features of the person are empty bags, which pool to zeros, and the numbers of somebody who has
+    rated nothing yet.
 
     Raises:
         KeyError: a liked film that the release does not have.
@@ -61,16 +57,19 @@ def candidates_for_likes(task: MovieLensCTR, liked: Sequence[int]) -> TabularDat
     known = set(task.source.items["item_id"].to_list())
     if missing := [item for item in liked if item not in known]:
         raise KeyError(f"films {missing} are not among the {len(known)} films of this release")
-    films = _latest_row_of_each_film(task)
-    sparse = {}
-    for name, column in task.train.sparse.items():
-        if name in ITEM_SPARSE:
-            sparse[name] = JaggedColumn.of_lengths(*column.take(films))
-        else:
-            bag = torch.tensor(list(liked) if name == "liked" else [], dtype=torch.int64)
-            sparse[name] = JaggedColumn.of_lengths(bag.repeat(len(films)), torch.full((len(films),), len(bag)))
-    dense = torch.zeros(len(films), len(task.dense_names))
-    return TabularData(_with_film_side(task, dense, films), sparse, torch.zeros(len(films)))
+    table = _candidates(task, STRANGER, history=1)
+    count = len(table)
+    of_person = {name: [] for name in table.sparse if name not in FILM_SPARSE} | {"liked": list(liked)}
+    bags = {
+        name: JaggedColumn.of_lengths(
+            torch.tensor(ids, dtype=torch.int64).repeat(count), torch.full((count,), len(ids))
+        )
+        for name, ids in of_person.items()
+        if name in table.sparse
+    }
+    return TabularData(
+        table.dense, {name: bags.get(name, column) for name, column in table.sparse.items()}, table.labels
+    )
 
 
 def film_titles(task: MovieLensCTR, item_ids: torch.Tensor, scores: torch.Tensor | None = None) -> pl.DataFrame:
@@ -80,23 +79,32 @@ def film_titles(task: MovieLensCTR, item_ids: torch.Tensor, scores: torch.Tensor
     table = wanted.join(items, on="item_id", how="left", maintain_order="left").select("title", "year", "genres")
     if scores is None:
         return table
-    return table.with_columns(pl.Series("score", scores.detach().float().flatten().numpy()).round(3))
+    return table.with_columns(pl.Series("score", scores.detach().double().flatten().numpy()).round(3))
 
 
-def _with_film_side(task: MovieLensCTR, dense: torch.Tensor, films: torch.Tensor) -> torch.Tensor:
-    columns = [task.dense_names.index(name) for name in ITEM_DENSE]
-    dense[:, columns] = task.train.dense[films][:, columns]
-    return dense
-
-
-def _times(task: MovieLensCTR) -> torch.Tensor:
-    return torch.from_numpy(task.source.ratings["timestamp"].to_numpy().copy())[task.rows["train"]]
-
-
-def _latest_row_of_each_film(task: MovieLensCTR) -> torch.Tensor:
-    """For every film with training data, in ascending order of its id, the row of its latest training rating."""
-    by_time = _times(task).argsort(stable=True)
-    latest = torch.full((task.num_embeddings["item"],), -1)
-    items = task.train.sparse["item"].values[by_time]
-    latest.scatter_reduce_(0, items, torch.arange(len(items)), "amax")
-    return by_time[latest[latest >= 0]]
+def _candidates(task: MovieLensCTR, user_id: int, history: int) -> TabularData:
+    """Append one example per film, which is no part of the training data, and keep those examples' features."""
+    known = _examples(task.source)
+    films = films_with_training_data(task).numpy()
+    num_known, count = len(known["user_id"]), len(films)
+    own = known["user_id"] == user_id
+    moment = int(known["timestamp"][own].max() if own.any() else known["timestamp"].max()) + 1
+    first_of_film = np.zeros(known["item_id"].max() + 1, dtype=np.int64)
+    first_of_film[known["item_id"]] = np.arange(num_known)
+    new = {
+        "user_id": np.full(count, user_id),
+        "item_id": films,
+        "rating": np.zeros(count),
+        "timestamp": np.full(count, moment),
+        "year": known["year"][first_of_film[films]],
+        "age": np.full(count, known["age"][own][0] if own.any() else np.median(known["age"])),
+    }
+    examples = {name: np.concatenate([column, new[name].astype(column.dtype)]) for name, column in known.items()}
+    is_train = np.zeros(num_known + count, dtype=bool)
+    is_train[task.rows["train"].numpy()] = True
+    labels = (examples["rating"] >= LIKE_THRESHOLD).astype(np.float32)
+    sparse, _ = _sparse_features(task.source, examples, labels, is_train, history)
+    dense = _dense_features(examples, sparse["genres"], is_train)
+    chosen = {name: sparse[name] for name in task.train.sparse}
+    everything = TabularData(torch.from_numpy(dense), chosen, torch.zeros(len(is_train)))
+    return everything.select(torch.arange(num_known, num_known + count))

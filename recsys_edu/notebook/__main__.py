@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from recsys_edu.notebook.report import records_table, write_report
-    from recsys_edu.notebook.runner import find_notebooks, notebooks_folder, run_notebooks
+    from recsys_edu.notebook.runner import find_notebooks, notebook_name, notebooks_folder, run_notebooks
 
     try:
         notebooks = find_notebooks(options.notebooks)
@@ -45,11 +45,11 @@ def _run(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     parameters = {"profile": options.profile} | {name: parse_value(text) for name, text in options.parameter}
-    print(f"running {', '.join(path.stem for path in notebooks)} (profile {options.profile})", flush=True)
+    print(f"running {', '.join(map(notebook_name, notebooks))} (profile {options.profile})", flush=True)
     runs = run_notebooks(notebooks, parameters, out, timeout_s=options.timeout, jobs=options.jobs)
     for run in runs:
         print(f"{'ran   ' if run.error is None else 'FAILED'} {run.name} in {run.seconds:.1f} s")
-    print(f"\n{records_table(runs)}\n")
+    print(f"\n{records_table(runs)}\n", flush=True)
     for run in runs:
         if run.error is not None:
             print(f"FAILED {run.name}, {run.error}\n", file=sys.stderr)

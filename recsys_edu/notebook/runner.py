@@ -44,8 +44,13 @@ class NotebookRun:
 
     @property
     def name(self) -> str:
-        """The notebook's name; solutions are told apart by their folder."""
-        return f"solutions/{self.source.stem}" if self.source.parent.name == "solutions" else self.source.stem
+        """See `notebook_name`."""
+        return notebook_name(self.source)
+
+
+def notebook_name(path: Path) -> str:
+    """A notebook's name; solutions are told apart by their folder."""
+    return f"solutions/{path.stem}" if path.parent.name == "solutions" else path.stem
 
 
 def notebooks_folder() -> Path:
