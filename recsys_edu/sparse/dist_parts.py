@@ -46,7 +46,7 @@ def dist_splits(kjt: KeyedJaggedTensor, key_splits: list[int]) -> list[list[int]
 
 def dist_tensors(kjt: KeyedJaggedTensor) -> list[Tensor]:
     """The tensors that travel, in the order of the labels."""
-    tensors = [kjt.lengths().reshape(-1), kjt.values()]
+    tensors = [kjt.flat_lengths(), kjt.values()]
     if kjt.variable_stride_per_key():
         tensors.append(torch.tensor(kjt.stride_per_key(), device=kjt.device()))
     if (weights := kjt.weights_or_none()) is not None:

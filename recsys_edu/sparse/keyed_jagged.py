@@ -218,6 +218,11 @@ class KeyedJaggedTensor(Pipelineable, metaclass=TraceableMeta):
             self._lengths = lengths_from(self._offsets)
         return self._lengths
 
+    def flat_lengths(self) -> Tensor:
+        """The lengths as one dimension, whatever shape they were given in."""
+        lengths = self.lengths()
+        return lengths if lengths.dim() == 1 else lengths.reshape(-1)
+
     def lengths_or_none(self) -> Tensor | None:
         return self._lengths
 
@@ -353,8 +358,7 @@ class KeyedJaggedTensor(Pipelineable, metaclass=TraceableMeta):
 
     def flatten_lengths(self) -> KeyedJaggedTensor:
         """The same batch with lengths as one dimension, whatever shape they were given in."""
-        flat = self._with(self._values, self._weights, self.lengths().reshape(-1), None)
-        return flat
+        return self._with(self._values, self._weights, self.flat_lengths(), self._offsets)
 
     def __getitem__(self, key: str) -> JaggedTensor:
         """One key's rows, with offsets beginning at 0; KeyError names the keys there are."""
@@ -366,7 +370,7 @@ class KeyedJaggedTensor(Pipelineable, metaclass=TraceableMeta):
         return trusted_jagged(
             self._values[start:end],
             None if self._weights is None else self._weights[start:end],
-            self.lengths().reshape(-1)[first_row:last_row],
+            self.flat_lengths()[first_row:last_row],
         )
 
     def to_dict(self, compute_offsets: bool = True) -> dict[str, JaggedTensor]:

@@ -29,7 +29,7 @@ def split(kjt: KeyedJaggedTensor, segments: list[int]) -> list[KeyedJaggedTensor
     keys = kjt.keys()
     if sum(segments) > len(keys):
         raise IndexError(f"split({segments}) asks for {sum(segments)} keys, but there are {len(keys)}: {keys}.")
-    lengths = kjt.lengths().reshape(-1)
+    lengths = kjt.flat_lengths()
     length_per_key, offset_per_key = kjt.length_per_key(), kjt.offset_per_key()
     starts = kjt.lengths_offset_per_key()
     variable = kjt.variable_stride_per_key()
@@ -62,28 +62,30 @@ def concat(kjt_list: list[KeyedJaggedTensor]) -> KeyedJaggedTensor:
 
     if not kjt_list:
         raise JaggedInputError("concat needs at least one KeyedJaggedTensor, got an empty list.")
-    weighted = [kjt.weights_or_none() is not None for kjt in kjt_list]
-    if any(weighted) != all(weighted):
-        keys = [kjt.keys() for kjt, has in zip(kjt_list, weighted) if not has]
+    num_weighted = sum(kjt._weights is not None for kjt in kjt_list)
+    if num_weighted not in (0, len(kjt_list)):
+        keys = [kjt.keys() for kjt in kjt_list if kjt._weights is None]
         raise JaggedInputError(f"concat cannot join weighted and unweighted parts; without weights: keys {keys}.")
-    parts = [kjt for kjt in kjt_list if kjt.keys()] or kjt_list[:1]
-    variable = [kjt.variable_stride_per_key() for kjt in parts]
-    if any(variable) != all(variable):
-        raise JaggedInputError("concat cannot join parts of fixed and of variable stride per key.")
-    if not all(variable) and len({kjt.stride() for kjt in parts}) > 1:
-        strides = [(kjt.keys(), kjt.stride()) for kjt in parts]
-        raise JaggedInputError(f"concat needs one stride (batch size) in all parts, got (keys, stride) {strides}.")
-    known = all(kjt.length_per_key_or_none() is not None for kjt in parts)
+    parts = [kjt for kjt in kjt_list if kjt._keys] or kjt_list[:1]
+    first = parts[0]
+    variable = first.variable_stride_per_key()
+    for kjt in parts:
+        if kjt.variable_stride_per_key() != variable:
+            raise JaggedInputError("concat cannot join parts of fixed and of variable stride per key.")
+        if not variable and kjt.stride() != first.stride():
+            strides = [(kjt.keys(), kjt.stride()) for kjt in parts]
+            raise JaggedInputError(f"concat needs one stride (batch size) in all parts, got (keys, stride) {strides}.")
+    known = all(kjt._length_per_key is not None for kjt in parts)
     return trusted_keyed(
-        [key for kjt in parts for key in kjt._keys],
-        torch.cat([kjt.values() for kjt in parts]),
-        torch.cat([kjt.weights() for kjt in parts]) if all(weighted) else None,
-        torch.cat([kjt.lengths().reshape(-1) for kjt in parts]),
+        _joined([kjt._keys for kjt in parts]),
+        torch.cat([kjt._values for kjt in parts]),
+        torch.cat([kjt.weights() for kjt in parts]) if num_weighted else None,
+        torch.cat([kjt.flat_lengths() for kjt in parts]),
         None,
-        None if any(variable) else parts[0].stride(),
-        [row for kjt in parts for row in kjt.stride_per_key_per_rank()] if any(variable) else None,
+        None if variable else first.stride(),
+        _joined([kjt.stride_per_key_per_rank() for kjt in parts]) if variable else None,
         _join_inverse(parts),
-        [length for kjt in parts for length in kjt.length_per_key()] if known else None,
+        _joined([kjt._length_per_key for kjt in parts]) if known else None,
     )
 
 
@@ -95,35 +97,60 @@ def permute(kjt: KeyedJaggedTensor, indices: list[int], indices_tensor: Tensor |
     for index in indices:
         if not 0 <= index < len(keys):
             raise IndexError(f"permute asks for key number {index}, but there are {len(keys)} keys: {keys}.")
-    if indices_tensor is None:
-        indices_tensor = torch.tensor(indices, dtype=torch.int32, device=kjt.device())
     known = kjt.length_per_key_or_none()
-    length_per_key = None if known is None else [known[index] for index in indices]
-    num_values = None if length_per_key is None else sum(length_per_key)
-    strides = None
-    if kjt.variable_stride_per_key():
-        all_strides = kjt.stride_per_key_per_rank()
-        strides = [all_strides[index] for index in indices]
-        rows_K = torch.tensor(kjt.stride_per_key(), device=kjt.lengths().device)
-        _, lengths, _ = permute_1d(indices_tensor, rows_K, kjt.lengths(), None, sum(map(sum, strides)))
-        starts_K = torch.tensor(kjt.lengths_offset_per_key(), device=kjt.lengths().device)
-        values_per_key_K = kjt.offsets()[starts_K].diff()
-        _, values, weights = permute_1d(indices_tensor, values_per_key_K, kjt.values(), kjt._weights, num_values)
+    if known is not None and kjt.device().type == "cpu" and not torch.compiler.is_compiling():
+        lengths, values, weights = _permute_pieces(kjt, indices)
     else:
-        lengths_KB = kjt.lengths().reshape(len(keys), kjt.stride())
-        lengths, values, weights = permute_2d(indices_tensor, lengths_KB, kjt.values(), kjt._weights, num_values)
+        lengths, values, weights = _permute_in_a_kernel(kjt, indices, indices_tensor)
+    variable = kjt.variable_stride_per_key()
     new_keys = [keys[index] for index in indices]
     return trusted_keyed(
         new_keys,
         values,
         weights,
-        lengths.reshape(-1),
+        lengths,
         None,
-        None if strides is not None else kjt.stride(),
-        strides,
+        None if variable else kjt.stride(),
+        [kjt.stride_per_key_per_rank()[index] for index in indices] if variable else None,
         select_inverse(kjt, new_keys),
-        length_per_key,
+        None if known is None else [known[index] for index in indices],
     )
+
+
+def _permute_pieces(kjt: KeyedJaggedTensor, indices: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """On a CPU that knows where keys begin, one block copy per key beats a kernel that copies id by id."""
+
+    def pick(tensor: Tensor, sizes: list[int]) -> Tensor:
+        pieces = torch.split(tensor, sizes)
+        return torch.cat([pieces[index] for index in indices]) if indices else tensor[:0]
+
+    length_per_key = kjt.length_per_key()
+    return (
+        pick(kjt.flat_lengths(), kjt.stride_per_key()),
+        pick(kjt.values(), length_per_key),
+        None if kjt._weights is None else pick(kjt._weights, length_per_key),
+    )
+
+
+def _permute_in_a_kernel(
+    kjt: KeyedJaggedTensor, indices: list[int], indices_tensor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Elsewhere one kernel does all keys; it need not know where they begin."""
+    if indices_tensor is None:
+        indices_tensor = torch.tensor(indices, dtype=torch.int32, device=kjt.device())
+    known = kjt.length_per_key_or_none()
+    num_values = None if known is None else sum(known[index] for index in indices)
+    if not kjt.variable_stride_per_key():
+        lengths_KB = kjt.lengths().reshape(len(kjt.keys()), kjt.stride())
+        lengths, values, weights = permute_2d(indices_tensor, lengths_KB, kjt.values(), kjt._weights, num_values)
+        return lengths.reshape(-1), values, weights
+    rows_K = torch.tensor(kjt.stride_per_key(), device=kjt.device())
+    starts_K = torch.tensor(kjt.lengths_offset_per_key(), device=kjt.device())
+    num_lengths = sum(kjt.stride_per_key()[index] for index in indices)
+    _, lengths, _ = permute_1d(indices_tensor, rows_K, kjt.flat_lengths(), None, num_lengths)
+    values_per_key_K = kjt.offsets()[starts_K].diff()
+    _, values, weights = permute_1d(indices_tensor, values_per_key_K, kjt.values(), kjt._weights, num_values)
+    return lengths, values, weights
 
 
 def to_dict(kjt: KeyedJaggedTensor, compute_offsets: bool) -> dict[str, JaggedTensor]:
@@ -134,7 +161,7 @@ def to_dict(kjt: KeyedJaggedTensor, compute_offsets: bool) -> dict[str, JaggedTe
     length_per_key = kjt.length_per_key()
     values = torch.split(kjt.values(), length_per_key)
     weights = [None] * len(keys) if kjt._weights is None else torch.split(kjt._weights, length_per_key)
-    lengths = torch.split(kjt.lengths().reshape(-1), kjt.stride_per_key())
+    lengths = torch.split(kjt.flat_lengths(), kjt.stride_per_key())
     offsets = _offsets_from_zero(kjt) if compute_offsets else [None] * len(keys)
     return {key: trusted_jagged(*parts) for key, *parts in zip(keys, values, weights, lengths, offsets)}
 
@@ -185,8 +212,15 @@ def select_inverse(kjt: KeyedJaggedTensor, keys: list[str]) -> InverseIndices | 
     return keys, inverse[1][rows]
 
 
+def _joined(lists: list[list]) -> list:
+    result = []
+    for part in lists:
+        result += part
+    return result
+
+
 def _join_inverse(parts: list[KeyedJaggedTensor]) -> InverseIndices | None:
-    inverses = [kjt.inverse_indices_or_none() for kjt in parts]
+    inverses = [kjt._inverse_indices for kjt in parts]
     if any(inverse is None for inverse in inverses):
         return None
     return [key for keys, _ in inverses for key in keys], torch.cat([matrix for _, matrix in inverses])
