@@ -129,7 +129,8 @@ def row_wise(
         row_wise(ranks=[1, 3])                          5 rows on rank 1, 5 on rank 3     (ours)
 
     `sizes_placement` is (rows per shard, device type or one per shard). `num_buckets` divides the rows into as many
-    equal buckets that are never split between ranks.
+    equal buckets that are never split between ranks. (TorchRec's `sizes_placement` is for serving: always the quant
+    kernel, and on the CPU every shard in one process. Here shard i is on rank i and the kernel is chosen as usual.)
 
     Raises (when the plan is made):
         ValueError: sizes that do not add up, or buckets that do not divide the rows or are fewer than the ranks.

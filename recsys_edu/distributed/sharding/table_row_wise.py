@@ -18,6 +18,7 @@ would send a part from every rank. Inside the host `local_size` parts are added.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from recsys_edu.distributed.sharding.by_hand import Batch, finish, keep_rows, pool
@@ -47,22 +48,22 @@ def sum_inside_host(
     Returns every asking rank's sums, and `{rank of the host: [asking ranks whose parts it added]}`.
     """
     columns = shards[0].columns
-    sums, summed_by = [], {shard.rank: [] for shard in shards}
+    first_hop: dict[int, dict[int, list[Tensor]]] = {shard.rank: {} for shard in shards}
     for source, batch in enumerate(batches):
-        # 1. Ids go to the owner of their row, all on one host; every owner pools its part.
+        # 1. Ids go to the owner of their row, all on one host; every owner pools its part of every bag.
         parts = []
         for shard in shards:
-            rows_rD = weight_RD[shard.rows.start : shard.rows.stop, columns.start : columns.stop]
-            parts.append(pool(*keep_rows(batch, shard.rows), rows_rD))
-        # 2. First hop: the parts meet on the owner at the same position in its host as the asking rank in its own.
+            rows_rd = weight_RD[shard.rows.start : shard.rows.stop, columns.start : columns.stop]
+            parts.append(pool(*keep_rows(batch, shard.rows), rows_rd))
+        # 2. First hop: the parts meet on the owner at the same place in its host as the asking rank has in its own.
         meeting_rank = shards[source % len(shards)].rank
-        summed_by[meeting_rank].append(source)
-        total_Bd = parts[0]
-        for part_Bd in parts[1:]:
-            total_Bd = total_Bd + part_Bd
-        # 3. Second hop: one sum crosses to the asking rank's host.
-        sums.append(total_Bd)
-    return sums, summed_by
+        first_hop[meeting_rank][source] = parts
+    # 3. They are added there. Second hop: one sum for each asking rank crosses between hosts.
+    sums = [weight_RD.new_empty(0)] * len(batches)
+    for parts_by_source in first_hop.values():
+        for source, parts in parts_by_source.items():
+            sums[source] = torch.stack(parts).sum(dim=0)
+    return sums, {rank: list(parts_by_source) for rank, parts_by_source in first_hop.items()}
 
 
 def table_row_wise_by_hand(
