@@ -22,6 +22,7 @@ from recsys_edu.distributed.sharding_plan import (
     construct_module_sharding_plan,
     custom,
     data_parallel,
+    get_module_to_default_sharders,
     get_sharding_constructor_from_type,
     grid_shard,
     placement,
@@ -32,6 +33,8 @@ from recsys_edu.distributed.sharding_plan import (
     table_wise,
 )
 from recsys_edu.distributed.types import CacheParams, ParameterSharding, ShardedModule, ShardingType
+from recsys_edu.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from recsys_edu.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from recsys_edu.optim import optimizers as markers
 from recsys_edu.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
@@ -370,3 +373,23 @@ def test_optimizer_classes_have_names() -> None:
     assert utils.optimizer_type_to_emb_opt_type(markers.LarsSGD) is OptimType.LARS_SGD
     with pytest.raises(ValueError, match="RMSprop cannot run inside backward"):
         utils.optimizer_type_to_emb_opt_type(torch.optim.RMSprop)
+
+
+# ---------------------------------------------------------------- the package's own sharders
+
+
+def test_default_sharders_plan_the_packages_modules() -> None:
+    device = torch.device("meta")
+    pooled = EmbeddingBagCollection(
+        tables=[EmbeddingBagConfig(name="user", num_embeddings=10, embedding_dim=16, feature_names=["u"])],
+        device=device,
+    )
+    sequence = EmbeddingCollection(
+        tables=[EmbeddingConfig(name="user", num_embeddings=10, embedding_dim=16, feature_names=["u"])], device=device
+    )
+    assert {EmbeddingBagCollection, EmbeddingCollection} <= set(get_module_to_default_sharders())
+    for module in (pooled, sequence):
+        plan = construct_module_sharding_plan(module, apply_to_all(module, row_wise()), **WORLD)
+        assert rectangles(plan["user"])[-1] == ((9, 10), (0, 16), 3)
+    with pytest.raises(ValueError, match="no default sharder for Linear"):
+        construct_module_sharding_plan(nn.Linear(1, 1), {}, **WORLD)
