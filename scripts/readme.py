@@ -83,7 +83,7 @@ def reading_order() -> str:
 
 def notebooks() -> str:
     """The table of notebooks, from the title and the promise in the first cell of each."""
-    lines = ["| notebook | its promise | minutes |", "|---|---|---|"]
+    lines = ["| notebook | its promise | time |", "|---|---|---|"]
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
         title = re.search(r"^# (.+)$", first, re.MULTILINE)

@@ -76,9 +76,9 @@ class Report:
         cell = 'style="text-align:left;vertical-align:top;padding:.25em .8em .25em 0"'
         rows = []
         for finding in self.findings:
-            cure = f"<br><code>{html.escape(finding.cure)}</code>" if finding.cure else ""
+            cure = f"<br>→ <code>{html.escape(finding.cure)}</code>" if finding.cure else ""
             mark = f'<td {cell}><b style="color:{COLOURS[finding.level]}">{SYMBOLS[finding.level]}</b></td>'
-            topic = f"<td {cell}><b>{html.escape(finding.topic)}</b></td>"
+            topic = f'<td {cell}><b style="white-space:nowrap">{html.escape(finding.topic)}</b></td>'
             rows.append(f"<tr>{mark}{topic}<td {cell}>{html.escape(finding.text)}{cure}</td></tr>")
         return f"<table>{''.join(rows)}</table><p>{html.escape(self.verdict())}</p>"
 
