@@ -74,28 +74,34 @@ def same_default(ours, theirs) -> bool:
 
 
 def differences(ours, theirs) -> list[str]:
-    """What is wrong with our signature; further arguments at our end are allowed where they have defaults."""
-    mine, wanted = parameters_of(ours), parameters_of(theirs)
+    """What is wrong with our signature.
+
+    Positional arguments are compared in order, keyword-only ones by name; an argument that stands behind
+    `*args` there may be positional here. Further arguments at our end need defaults.
+    """
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    if [p.kind for p in wanted if p.kind not in variadic] == [] and wanted:
-        return []  # (*args, **kwargs): nothing to hold on to
+    mine = [p for p in parameters_of(ours) if p.kind not in variadic]
+    wanted = parameters_of(theirs)
+    takes_args = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in wanted)
+    wanted = [p for p in wanted if p.kind not in variadic]
+    by_name = {p.name: p for p in mine}
     wrong = []
     for index, want in enumerate(wanted):
-        have = mine[index] if index < len(mine) else None
+        is_keyword = want.kind is inspect.Parameter.KEYWORD_ONLY
+        have = by_name.get(want.name) if is_keyword else mine[index] if index < len(mine) else None
         if have is None or have.name != want.name:
-            if want.kind in variadic:
-                continue
             wrong.append(f"argument {index} is {have}, expected {want.name}")
             break
-        if have.kind is not want.kind:
+        if have.kind is not want.kind and not takes_args:
             wrong.append(f"{want.name} is {have.kind.description}, expected {want.kind.description}")
         if (have.default is inspect.Parameter.empty) is not (want.default is inspect.Parameter.empty):
             wrong.append(f"{want.name} has default {have.default}, expected {want.default}")
         elif want.default is not inspect.Parameter.empty and not same_default(have.default, want.default):
             wrong.append(f"{want.name} defaults to {have.default!r}, expected {want.default!r}")
-    extra = [p for p in mine[len(wanted) :] if p.default is inspect.Parameter.empty and p.kind not in variadic]
-    if extra and not wrong:
-        wrong.append(f"further arguments without default: {', '.join(p.name for p in extra)}")
+    known = {p.name for p in wanted}
+    extra = [p.name for p in mine if p.default is inspect.Parameter.empty and p.name not in known]
+    if extra and not wrong and not takes_args:
+        wrong.append(f"further arguments without default: {', '.join(extra)}")
     return wrong
 
 
