@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from recsys_edu.distributed.embedding_types import BaseEmbeddingSharder
 from recsys_edu.distributed.exchange import Exchange, GroupExchange, check_same_on_every_rank
 from recsys_edu.distributed.flight import Flight, LaneLookup
 from recsys_edu.distributed.pending import PendingJaggedTensors
 from recsys_edu.distributed.replicas import Replicas
 from recsys_edu.distributed.sequence_assembly import SequenceAssembly, StartSequence, WaitSequence
-from recsys_edu.distributed.shards import local_shards, plan_tables, table_modules
+from recsys_edu.distributed.shards import fused_tables_optimizer, local_shards, plan_tables, table_modules
 from recsys_edu.distributed.types import ParameterSharding, ShardingEnv
+from recsys_edu.modules.embedding_configs import EmbeddingConfig
 from recsys_edu.modules.embedding_modules import EmbeddingCollection, get_embedding_names_by_table
+from recsys_edu.optim.keyed import KeyedOptimizer
 from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 
@@ -55,11 +58,12 @@ class ShardedEmbeddingCollection(nn.Module):
         check_same_on_every_rank(self._exchange, self._tables.layout, f"tables or plan of {module_fqn or 'the module'}")
         self._lookup = LaneLookup(self._tables.layout, self._exchange, self._device)
         self._kernel_lanes = [len(kernel.lanes) for kernel in self._lookup.rank_kernels]
-        self._replicas = Replicas(self._tables, self._device, self._exchange.rank)
+        self._replicas = Replicas(self._tables, self._device)
         self._assembly = SequenceAssembly(self._tables.layout)
         self._names = [name for names in get_embedding_names_by_table(self._configs) for name in names]
-        local = local_shards(self._lookup.rank_kernels, self._lookup.kernels) | self._replicas.shards()
-        self.embeddings = table_modules(self._tables, local, weights)
+        local = local_shards(self._lookup.rank_kernels, self._lookup.kernels)
+        self.embeddings = table_modules(self._tables, local, self._replicas.parameters(), weights)
+        self._fused_optimizer = fused_tables_optimizer(self.embeddings, "embeddings", self._lookup.kernels)
         self._anchor = torch.zeros(0, requires_grad=True, device=self._device)
 
     def forward(self, features: KeyedJaggedTensor | Flight) -> Mapping[str, JaggedTensor]:
@@ -98,3 +102,52 @@ class ShardedEmbeddingCollection(nn.Module):
             answers[name] = JaggedTensor(rows[first : first + count], lengths=lengths_FB[key], weights=ids)
             first += count
         return answers
+
+    @property
+    def fused_optimizer(self) -> KeyedOptimizer:
+        """State and learning rate of the tables that train in backward; keys `embeddings.<table>.weight`."""
+        return self._fused_optimizer
+
+    def embedding_configs(self) -> list[EmbeddingConfig]:
+        """The configs of the unsharded collection."""
+        return self._configs
+
+
+class EmbeddingCollectionSharder(BaseEmbeddingSharder[EmbeddingCollection]):
+    """Shards EmbeddingCollections. Counterpart: torchrec.distributed.embedding.EmbeddingCollectionSharder."""
+
+    def __init__(
+        self,
+        fused_params: dict[str, Any] | None = None,
+        qcomm_codecs_registry: dict[str, Any] | None = None,
+        use_index_dedup: bool = False,
+    ) -> None:
+        super().__init__(fused_params, qcomm_codecs_registry)
+        self._use_index_dedup = use_index_dedup
+
+    def shard(
+        self,
+        module: EmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedEmbeddingCollection:
+        return ShardedEmbeddingCollection(
+            module,
+            params,
+            env,
+            self.fused_params,
+            device,
+            self.qcomm_codecs_registry,
+            self._use_index_dedup,
+            module_fqn,
+        )
+
+    def shardable_parameters(self, module: EmbeddingCollection) -> dict[str, nn.Parameter]:
+        """Table name to weight."""
+        return {name: table.weight for name, table in module.embeddings.items()}
+
+    @property
+    def module_type(self) -> type[EmbeddingCollection]:
+        return EmbeddingCollection

@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recsys_edu.distributed.embedding_types import BaseEmbeddingSharder
 from recsys_edu.distributed.exchange import Exchange, GroupExchange, check_same_on_every_rank
 from recsys_edu.distributed.flight import Flight, LaneLookup
 from recsys_edu.distributed.pending import PendingKeyedTensor
 from recsys_edu.distributed.pooled_assembly import PooledAssembly, StartPooled, WaitPooled
 from recsys_edu.distributed.replicas import Replicas
-from recsys_edu.distributed.shards import local_shards, plan_tables, table_modules
+from recsys_edu.distributed.shards import fused_tables_optimizer, local_shards, plan_tables, table_modules
 from recsys_edu.distributed.types import ParameterSharding, ShardingEnv
+from recsys_edu.modules.embedding_configs import EmbeddingBagConfig
 from recsys_edu.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
+from recsys_edu.optim.keyed import KeyedOptimizer
 from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 
@@ -62,12 +65,13 @@ class ShardedEmbeddingBagCollection(nn.Module):
         )
         check_same_on_every_rank(self._exchange, self._tables.layout, f"tables or plan of {module_fqn or 'the module'}")
         self._lookup = LaneLookup(self._tables.layout, self._exchange, self._device, self._is_weighted)
-        self._replicas = Replicas(self._tables, self._device, self._exchange.rank, self._is_weighted)
+        self._replicas = Replicas(self._tables, self._device, self._is_weighted)
         self._assembly = PooledAssembly(self._tables.layout, self._tables.local_columns)
         self._names = [name for names in get_embedding_names_by_table(self._configs) for name in names]
         self._widths = [config.embedding_dim for config in self._configs for _ in config.feature_names]
-        local = local_shards(self._lookup.rank_kernels, self._lookup.kernels) | self._replicas.shards()
-        self.embedding_bags = table_modules(self._tables, local, weights)
+        local = local_shards(self._lookup.rank_kernels, self._lookup.kernels)
+        self.embedding_bags = table_modules(self._tables, local, self._replicas.parameters(), weights)
+        self._fused_optimizer = fused_tables_optimizer(self.embedding_bags, "embedding_bags", self._lookup.kernels)
         self._anchor = torch.zeros(0, requires_grad=True, device=self._device)
 
     def forward(self, features: KeyedJaggedTensor | Flight) -> KeyedTensor:
@@ -97,3 +101,39 @@ class ShardedEmbeddingBagCollection(nn.Module):
     def finish(self, flight: Flight) -> Tensor:
         """Phase 4: wait for the returned columns and put them together, [B, D]."""
         return WaitPooled.apply(flight.returned, flight.local, flight, self._exchange, self._assembly)
+
+    @property
+    def fused_optimizer(self) -> KeyedOptimizer:
+        """State and learning rate of the tables that train in backward; keys `embedding_bags.<table>.weight`."""
+        return self._fused_optimizer
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The configs of the unsharded collection."""
+        return self._configs
+
+    def is_weighted(self) -> bool:
+        return self._is_weighted
+
+
+class EmbeddingBagCollectionSharder(BaseEmbeddingSharder[EmbeddingBagCollection]):
+    """Shards EmbeddingBagCollections. Counterpart: torchrec.distributed.embeddingbag.EmbeddingBagCollectionSharder."""
+
+    def shard(
+        self,
+        module: EmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedEmbeddingBagCollection:
+        return ShardedEmbeddingBagCollection(
+            module, params, env, self.fused_params, device, self.qcomm_codecs_registry, module_fqn
+        )
+
+    def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
+        """Table name to weight."""
+        return {name: bag.weight for name, bag in module.embedding_bags.items()}
+
+    @property
+    def module_type(self) -> type[EmbeddingBagCollection]:
+        return EmbeddingBagCollection

@@ -6,10 +6,9 @@ Counterpart: torchrec's data_parallel sharding (dense compute kernel).
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys_edu.distributed.routing import offsets_of
-from recsys_edu.distributed.sharding.tiling import Shard
 from recsys_edu.distributed.shards import Tables
 from recsys_edu.kernels import make_kernel
 from recsys_edu.kernels.jagged_ops import permute_2d
@@ -19,8 +18,8 @@ from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor
 class Replicas:
     """The dense kernel of a module's data-parallel tables; `lookup` gives None when there are none."""
 
-    def __init__(self, tables: Tables, device: torch.device, rank: int, weighted: bool = False) -> None:
-        self.names, self._device, self._rank, self._weighted = tables.replicated, device, rank, weighted
+    def __init__(self, tables: Tables, device: torch.device, weighted: bool = False) -> None:
+        self.names, self._device, self._weighted = tables.replicated, device, weighted
         self.kernel = make_kernel(tables.replica_spec(), device) if self.names else None
         self._features = tuple(
             output.feature for output in tables.layout.outputs if output.table.name in tables.replicated
@@ -37,11 +36,6 @@ class Replicas:
         )
         return self.kernel(values, offsets_of(lengths_LB), weights)
 
-    def shards(self) -> dict[str, list[tuple[Shard, Tensor]]]:
-        """Per replicated table one shard, the whole table, with its parameter."""
-        if self.kernel is None:
-            return {}
-        return {
-            table.name: [(Shard(table.name, range(table.num_rows), range(table.dim), self._rank), parameter)]
-            for table, parameter in zip(self.kernel.spec.tables, self.kernel.weights)
-        }
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The replicated weight of each table."""
+        return dict(zip(self.names, self.kernel.weights)) if self.kernel is not None else {}

@@ -14,65 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recsys_edu.distributed.embedding_types import EmbeddingComputeKernel
 from recsys_edu.distributed.layout import Layout, RankKernel, ShardedTable
 from recsys_edu.distributed.sharding.tiling import Shard, shards_from, validate
+from recsys_edu.distributed.tiled_tensor import Tile, TiledTensor
 from recsys_edu.distributed.types import ParameterSharding
-from recsys_edu.kernels.spec import Kernel, KernelSpec, OptimizerSpec, TableSpec
+from recsys_edu.kernels.optimizers import ROW_OPTIMIZERS
+from recsys_edu.kernels.spec import Kernel, KernelSpec, OptimizerSpec, TableSpec, weight_dtype
 from recsys_edu.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
+from recsys_edu.modules.fused_embedding_modules import FusedTablesOptimizer, LearningRate
+from recsys_edu.optim.fused import EmptyFusedOptimizer
+from recsys_edu.optim.fused_spec import optimizer_spec
+from recsys_edu.optim.keyed import KeyedOptimizer
 
 DEFAULT_OPTIMIZER = OptimizerSpec("SGD", learning_rate=0.01)
 """What trains a fused table that was given no optimizer, as in TorchRec."""
 
-# torch.optim's and TorchRec's optimizer classes, by name, as the kernels call them.
-_KINDS = {
-    "SGD": "SGD",
-    "Adagrad": "ADAGRAD",
-    "RowWiseAdagrad": "ROWWISE_ADAGRAD",
-    "Adam": "ADAM",
-    "AdamW": "ADAM",
-    "PartialRowWiseAdam": "PARTIAL_ROWWISE_ADAM",
-    "LAMB": "LAMB",
-    "LarsSGD": "LARS_SGD",
-}
 _FUSED_KINDS = {"EXACT_SGD": "SGD", "EXACT_ADAGRAD": "ADAGRAD", "EXACT_ROWWISE_ADAGRAD": "ROWWISE_ADAGRAD"}
-_RENAMED = {"lr": "learning_rate"}
 
 
-def optimizer_spec(optimizer_class: type, kwargs: Mapping[str, Any], table: str = "?") -> OptimizerSpec:
-    """The fused update that an optimizer class and its arguments ask for.
+def fused_params_spec(fused_params: Mapping[str, Any]) -> OptimizerSpec:
+    """The update that a sharder's `fused_params` ask for; settings that are not the optimizer's are left alone.
 
-    >>> optimizer_spec(torch.optim.Adam, {"lr": 0.1, "betas": (0.8, 0.99)}).beta1
-    0.8
-
-    Raises:
-        ValueError: no kernel fuses this class, or one of its arguments.
+    >>> from recsys_edu.distributed.embedding_types import OptimType
+    >>> fused_params_spec({"optimizer": OptimType.SGD, "learning_rate": 0.1}).learning_rate
+    0.1
     """
-    kind = _KINDS.get(optimizer_class.__name__)
-    if kind is None:
-        raise ValueError(
-            f"table {table!r}: no kernel fuses {optimizer_class.__name__}; use one of {', '.join(sorted(_KINDS))}"
-        )
-    defaults = {"Adagrad": {"eps": 1e-10}, "RowWiseAdagrad": {"eps": 1e-10}, "AdamW": {"weight_decay": 0.01}}
-    return _spec(kind, {**defaults.get(optimizer_class.__name__, {}), **kwargs}, table)
-
-
-def fused_params_spec(fused_params: Mapping[str, Any], table: str = "?") -> OptimizerSpec:
-    """The same from a sharder's `fused_params`, e.g. `{"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.1}`."""
-    settings = dict(fused_params)
-    name = getattr(settings.pop("optimizer", None), "name", None) or "EXACT_SGD"
-    kind = _FUSED_KINDS.get(name, name)
-    known = {key: value for key, value in settings.items() if key in OptimizerSpec.__dataclass_fields__ or key == "lr"}
-    return _spec(kind, known, table)
-
-
-def _spec(kind: str, kwargs: Mapping[str, Any], table: str) -> OptimizerSpec:
-    settings = {_RENAMED.get(key, key): value for key, value in kwargs.items() if value is not None}
-    if "betas" in settings:
-        settings["beta1"], settings["beta2"] = settings.pop("betas")
-    unknown = [key for key, value in settings.items() if key not in OptimizerSpec.__dataclass_fields__ and value]
-    if unknown:
-        raise ValueError(f"table {table!r}: the fused {kind} has no argument {unknown[0]!r} (given {kwargs})")
-    return OptimizerSpec(kind, **{k: v for k, v in settings.items() if k in OptimizerSpec.__dataclass_fields__})
+    name = getattr(fused_params.get("optimizer"), "name", None) or "EXACT_SGD"  # an OptimType, or FBGEMM's enum
+    settings = {key: value for key, value in fused_params.items() if key in OptimizerSpec.__dataclass_fields__}
+    return OptimizerSpec(_FUSED_KINDS.get(name, name), **settings)
 
 
 def table_optimizer(parameter: nn.Parameter, fused_params: Mapping[str, Any] | None, table: str) -> OptimizerSpec:
@@ -86,8 +56,11 @@ def table_optimizer(parameter: nn.Parameter, fused_params: Mapping[str, Any] | N
         names = ", ".join(cls.__name__ for cls in classes)
         raise ValueError(f"table {table!r} has {len(classes)} optimizers in backward ({names}); a fused kernel has one")
     if classes:
-        return optimizer_spec(classes[0], parameter._optimizer_kwargs[0], table)
-    return fused_params_spec(fused_params, table) if fused_params else DEFAULT_OPTIMIZER
+        try:
+            return optimizer_spec(classes[0], parameter._optimizer_kwargs[0])
+        except ValueError as error:
+            raise ValueError(f"table {table!r}: {error}") from error
+    return fused_params_spec(fused_params) if fused_params else DEFAULT_OPTIMIZER
 
 
 @dataclass(frozen=True)
@@ -155,7 +128,8 @@ def plan_tables(
             validate(shards, rows, columns, world_size, config.name)
         else:
             replicated.append(config.name)
-        optimizer = table_optimizer(parameters[config.name], fused_params, config.name) if shards else None
+        fused = shards and plan[config.name].compute_kernel != EmbeddingComputeKernel.DENSE.value
+        optimizer = table_optimizer(parameters[config.name], fused_params, config.name) if fused else None
         tables.append(
             ShardedTable(
                 name=config.name,
@@ -190,25 +164,68 @@ def fill_shard(weight: Tensor, shard: Shard, config: BaseEmbeddingConfig, source
 
 
 class TableShards(nn.Module):
-    """What this rank holds of one table, under the unsharded module's parameter name, `weight`.
+    """What this rank holds of one sharded table, under the unsharded module's parameter name, `weight`.
 
-    A rank with several shards of a table (a custom tiling) calls the further ones `weight_1`, `weight_2`, ...; a rank
-    with none has no parameter. The state dict has one entry per table on every rank, of the table's whole size.
+    A rank with several shards of a table calls the further ones `weight_1`, `weight_2`, ...; a rank with none has no
+    parameter. The state dict has one TiledTensor `weight` per table on every rank, of the table's whole size.
     """
 
-    def __init__(self, table: ShardedTable, local: Sequence[tuple[Shard, Tensor]], attributes_of: nn.Parameter) -> None:
+    def __init__(self, table: ShardedTable, local: Sequence[LocalShard], attributes_of: nn.Parameter) -> None:
         super().__init__()
-        self.table = table
-        self.shards = tuple(shard for shard, _ in local)
-        for index, (_, weight) in enumerate(local):
-            parameter = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
-            if table.shards:
+        self.table, self.local = table, tuple(local)
+        for index, shard in enumerate(local):
+            parameter = shard.weight if isinstance(shard.weight, nn.Parameter) else nn.Parameter(shard.weight)
+            if table.optimizer is not None:
                 _mark_as_trained_in_backward(parameter, attributes_of)
             self.register_parameter(f"weight_{index}" if index else "weight", parameter)
 
-    def local_weights(self) -> list[tuple[Shard, Tensor]]:
-        """This rank's shards and their live weights."""
-        return list(zip(self.shards, (parameter.detach() for parameter in self.parameters())))
+    def tiled(self) -> TiledTensor:
+        """The whole table as this rank knows it."""
+        tiles = [Tile((s.shard.rows.start, s.shard.columns.start), s.weight.detach()) for s in self.local]
+        return TiledTensor((self.table.num_rows, self.table.num_columns), tiles, weight_dtype(self.table.data_type))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.tiled()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}weight"
+        if key not in state_dict:
+            missing_keys.append(key)
+            return
+        try:
+            copy_tiles(self.tiled(), state_dict[key], key)
+        except ValueError as error:
+            error_msgs.append(str(error))
+
+
+@torch.no_grad()
+def copy_tiles(target: TiledTensor, source: Tensor, name: str) -> None:
+    """Fill this rank's tiles from a whole tensor, or from tiles of the very same offsets and sizes.
+
+    Raises:
+        ValueError: another size, or other tiles (load through recsys_edu.distributed.checkpoint, which reshards).
+    """
+    if source.shape != target.shape:
+        raise ValueError(f"{name}: expected {tuple(target.shape)}, got {tuple(source.shape)}")
+    if isinstance(source, TiledTensor):
+        have = {tile.offsets: tile.tensor for tile in source.tiles}
+        if any(have.get(t.offsets) is None or have[t.offsets].shape != t.tensor.shape for t in target.tiles):
+            raise ValueError(f"{name}: cut otherwise here ({target}) than in the state dict ({source})")
+        for tile in target.tiles:
+            tile.tensor.copy_(have[tile.offsets])
+        return
+    for tile in target.tiles:
+        window = tuple(slice(first, first + size) for first, size in zip(tile.offsets, tile.tensor.shape))
+        tile.tensor.copy_(source[window])
 
 
 def _mark_as_trained_in_backward(parameter: nn.Parameter, attributes_of: nn.Parameter) -> None:
@@ -218,25 +235,86 @@ def _mark_as_trained_in_backward(parameter: nn.Parameter, attributes_of: nn.Para
     parameter._in_backward_optimizers = []
 
 
-def local_shards(
-    rank_kernels: Iterable[RankKernel], kernels: Iterable[Kernel]
-) -> dict[str, list[tuple[Shard, Tensor]]]:
-    """Per table this rank's shards and their live weights."""
-    found: dict[str, list[tuple[Shard, Tensor]]] = {}
+@dataclass(frozen=True)
+class LocalShard:
+    """One of this rank's shards: its rectangle, its live weights, its live optimizer state."""
+
+    shard: Shard
+    weight: Tensor
+    state: Mapping[str, Tensor]
+
+
+def local_shards(rank_kernels: Iterable[RankKernel], kernels: Iterable[Kernel]) -> dict[str, list[LocalShard]]:
+    """This rank's shards per table."""
+    found: dict[str, list[LocalShard]] = {}
     for ranked, kernel in zip(rank_kernels, kernels):
-        for shard, weight in zip(ranked.shards, kernel.table_weights()):
-            found.setdefault(shard.table, []).append((shard, weight))
+        # A dense kernel's weights are parameters; those of a fused one are plain memory that it updates itself.
+        weights = kernel.weights if ranked.spec.optimizer is None else kernel.table_weights()
+        for shard, weight, state in zip(ranked.shards, weights, kernel.optimizer_state()):
+            found.setdefault(shard.table, []).append(LocalShard(shard, weight, state))
     return found
 
 
 def table_modules(
-    tables: Tables, local: Mapping[str, list[tuple[Shard, Tensor]]], sources: Mapping[str, nn.Parameter]
+    tables: Tables,
+    local: Mapping[str, list[LocalShard]],
+    replicas: Mapping[str, nn.Parameter],
+    sources: Mapping[str, nn.Parameter],
 ) -> nn.ModuleDict:
-    """One `TableShards` per table in config order, filled from `sources`, or freshly where those are meta."""
+    """One module with a `weight` per table in config order, filled from `sources`, or freshly where those are meta."""
     modules = nn.ModuleDict()
     for table in tables.layout.tables:
-        shards = local.get(table.name, [])
-        for shard, weight in shards:
-            fill_shard(weight, shard, tables.configs[table.name], sources[table.name])
-        modules[table.name] = TableShards(table, shards, sources[table.name])
+        config, source = tables.configs[table.name], sources[table.name]
+        if table.name in replicas:
+            modules[table.name] = nn.Module()
+            modules[table.name].register_parameter("weight", replicas[table.name])
+            whole = Shard(table.name, range(table.num_rows), range(table.num_columns), 0)
+            fill_shard(replicas[table.name], whole, config, source)
+            continue
+        for piece in local.get(table.name, []):
+            fill_shard(piece.weight, piece.shard, config, source)
+        modules[table.name] = TableShards(table, local.get(table.name, []), source)
     return modules
+
+
+def fused_tables_optimizer(modules: nn.ModuleDict, prefix: str, kernels: Sequence[Kernel]) -> KeyedOptimizer:
+    """The optimizers inside this rank's kernels as one keyed optimizer; keys are `<prefix>.<table>.weight`.
+
+    Every fused table of the module is in it on every rank, so that checkpoints of all ranks have the same keys.
+    """
+    params: dict[str, Tensor] = {}
+    states: list[dict[str, Any]] = []
+    for name, module in modules.items():
+        if isinstance(module, TableShards) and module.table.optimizer is not None:
+            params[f"{prefix}.{name}.weight"] = module.tiled()
+            states.append({f"{name}.{key}": value for key, value in _tiled_state(module).items()})
+    if not params:
+        return EmptyFusedOptimizer()
+    fused = tuple(kernel for kernel in kernels if kernel.spec.optimizer is not None)
+    return FusedTablesOptimizer(params, states, LearningRate(fused))
+
+
+def _tiled_state(module: TableShards) -> dict[str, Tensor]:
+    """The table's optimizer state: one value per weight, or per row and column block (row-wise optimizers)."""
+    table = module.table
+    starts = sorted({shard.columns.start for shard in table.shards})
+    state: dict[str, Tensor] = {}
+    optimizer = ROW_OPTIMIZERS[table.optimizer.kind]
+    for name, per in optimizer.state.items():
+        per_row = per == "row"
+        size: tuple[int, ...] = (table.num_rows, table.num_columns)
+        if per_row:
+            size = (table.num_rows,) if len(starts) == 1 else (table.num_rows, len(starts))
+        tiles = []
+        for piece in module.local:
+            values = piece.state[name]
+            offsets: tuple[int, ...] = (piece.shard.rows.start, piece.shard.columns.start)
+            if per_row and len(starts) == 1:
+                offsets = offsets[:1]
+            elif per_row:
+                values, offsets = values.unsqueeze(1), (offsets[0], starts.index(offsets[1]))
+            tiles.append(Tile(offsets, values))
+        state[name] = TiledTensor(size, tiles)
+    if optimizer.counts_steps and module.local:
+        state["iter"] = module.local[0].state["iter"]  # a plain number, the same on all ranks
+    return state

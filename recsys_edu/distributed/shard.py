@@ -1,0 +1,160 @@
+"""Sharding as functions: replace one module, or every module a sharder knows, by its sharded form.
+
+Counterpart: torchrec.distributed.shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from recsys_edu.distributed.comm import get_local_size
+from recsys_edu.distributed.sharding_plan import (
+    construct_module_sharding_plan,
+    default_sharder_for,
+    get_default_sharders,
+)
+from recsys_edu.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    ModuleSharder,
+    ModuleShardingPlan,
+    ShardingEnv,
+    ShardingPlan,
+)
+from recsys_edu.distributed.utils import append_prefix, init_parameters
+
+
+def shard(
+    module: nn.Module,
+    plan: ModuleShardingPlan | dict[str, Callable[..., Any]] | Callable[..., Any],
+    env: ShardingEnv | None = None,
+    device: torch.device | None = None,
+    sharder: ModuleSharder[Any] | None = None,
+) -> nn.Module:
+    """The sharded form of one module.
+
+    >>> shard(collection, row_wise())                                        # doctest: +SKIP
+    >>> shard(collection, {"user": row_wise(), "item": table_wise(rank=0)})  # doctest: +SKIP
+
+    Args:
+        module: an EmbeddingBagCollection, an EmbeddingCollection, or what `sharder` knows.
+        plan: a module plan; or what `recsys_edu.distributed.sharding_plan` makes, per table or one for all.
+        env: default: the world group, or a single process without one.
+        device: default: cpu.
+
+    Raises:
+        ValueError: no sharder knows the module; a plan that does not fit its tables.
+    """
+    env, device = env or default_env(), device or torch.device("cpu")
+    sharder = sharder or default_sharder_for(module)
+    if not isinstance(plan, ModuleShardingPlan):
+        tables = sharder.shardable_parameters(module)
+        generators = plan if isinstance(plan, dict) else dict.fromkeys(tables, plan)
+        plan = construct_module_sharding_plan(
+            module, generators, sharder, get_local_size(env.world_size), env.world_size, device.type
+        )
+    return sharder.shard(module, plan, env, device)
+
+
+def shard_modules(
+    module: nn.Module,
+    env: ShardingEnv | None = None,
+    device: torch.device | None = None,
+    plan: ShardingPlan | None = None,
+    sharders: list[ModuleSharder[Any]] | None = None,
+    init_params: bool = False,
+) -> nn.Module:
+    """Replace every submodule that a sharder knows and the plan names; the root itself may be one.
+
+    Args:
+        module: changed in place (unless it is itself sharded); returned.
+        plan: paths to module plans; default: what the planner makes.
+        init_params: materialise and initialise what is left on meta.
+    """
+    env, device = env or default_env(), device or torch.device("cpu")
+    sharders = sharders or get_default_sharders()
+    plan = plan or default_plan(module, env, device, sharders)
+    known = {sharder.module_type: sharder for sharder in sharders}
+    _check_paths(module, plan, known)
+    sharded = _shard_tree(module, "", env, device, plan, known)
+    if init_params:
+        init_parameters(sharded, device)
+    return sharded
+
+
+def default_env() -> ShardingEnv:
+    """The world group where one is initialised, a single process otherwise."""
+    if dist.is_available() and dist.is_initialized():
+        return ShardingEnv.from_process_group(dist.group.WORLD)
+    return ShardingEnv.from_local(1, 0)
+
+
+def default_plan(
+    module: nn.Module, env: ShardingEnv, device: torch.device, sharders: Iterable[ModuleSharder[Any]]
+) -> ShardingPlan:
+    """A plan from sizes alone: the largest tables first, each whole on the rank with the least rows x columns so far.
+
+    A table larger than an even share of all of them is cut by rows over all ranks.
+    """
+    from recsys_edu.distributed.sharding_plan import row_wise, table_wise
+
+    known = {sharder.module_type: sharder for sharder in sharders}
+    found = [(path, child) for path, child in module.named_modules() if type(child) in known]
+    tables = {
+        (path, name): parameter
+        for path, child in found
+        for name, parameter in known[type(child)].shardable_parameters(child).items()
+    }
+    share = sum(parameter.numel() for parameter in tables.values()) / env.world_size
+    load = [0] * env.world_size
+    generators: dict[str, dict[str, Callable[..., Any]]] = {path: {} for path, _ in found}
+    for (path, name), parameter in sorted(tables.items(), key=lambda item: -item[1].numel()):
+        if parameter.numel() > share and env.world_size > 1:
+            generators[path][name] = row_wise()
+            continue
+        rank = load.index(min(load))
+        load[rank] += parameter.numel()
+        generators[path][name] = table_wise(rank)
+    local_size = get_local_size(env.world_size)
+    return ShardingPlan(
+        {
+            path: construct_module_sharding_plan(
+                child, generators[path], known[type(child)], local_size, env.world_size, device.type
+            )
+            for path, child in found
+        }
+    )
+
+
+def _check_paths(module: nn.Module, plan: ShardingPlan, known: dict[type, ModuleSharder[Any]]) -> None:
+    modules = dict(module.named_modules())
+    for path in plan.plan:
+        if path not in modules:
+            shardable = [name for name, child in modules.items() if type(child) in known]
+            raise ValueError(f"the plan names {path!r}, which is no module of the model; it can shard {shardable}")
+        if type(modules[path]) not in known:
+            raise ValueError(
+                f"the plan names {path!r}, a {type(modules[path]).__name__}, which no given sharder shards"
+            )
+
+
+def _shard_tree(
+    module: nn.Module,
+    path: str,
+    env: ShardingEnv,
+    device: torch.device,
+    plan: ShardingPlan,
+    known: dict[type, ModuleSharder[Any]],
+) -> nn.Module:
+    module_plan = plan.get_plan_for_module(path)
+    if module_plan is not None:
+        return known[type(module)].shard(module, EmbeddingModuleShardingPlan(module_plan), env, device, path)
+    for name, child in list(module.named_children()):
+        replacement = _shard_tree(child, append_prefix(path, name), env, device, plan, known)
+        if replacement is not child:
+            setattr(module, name, replacement)
+    return module
