@@ -55,8 +55,8 @@ def why_not_fused(spec: KernelSpec, device: torch.device) -> str | None:
     runs = [table for table, _ in itertools.groupby(spec.lane_tables)]
     if len(runs) != len(set(runs)):
         return "lanes that share a table are not side by side, which FBGEMM's backward would take for several tables"
-    if sum(spec.tables[table].num_rows for table in runs) == 0:
-        return "there are no rows to look up"
+    if not runs:
+        return "there are no lanes"
     return None
 
 
@@ -76,7 +76,8 @@ class Layout:
 def layout(shapes: tuple[tuple[int, int], ...], lane_tables: tuple[int, ...], device: torch.device) -> Layout:
     """Derive the layout of tables laid end to end. Cached: it depends on nothing but its arguments."""
     elements = list(itertools.accumulate((rows * dim for rows, dim in shapes), initial=0))
-    rows = list(itertools.accumulate((rows for rows, _ in shapes), initial=0))
+    # FBGEMM tells tables apart by where their rows start: one without rows counts as having one, never looked up.
+    rows = list(itertools.accumulate((max(rows, 1) for rows, _ in shapes), initial=0))
     columns = list(itertools.accumulate((shapes[table][1] for table in lane_tables), initial=0))
     return Layout(
         weights_offsets_L=torch.tensor([elements[table] for table in lane_tables], device=device),
@@ -122,6 +123,7 @@ class FbgemmFusedTables(nn.Module):
         super().__init__()
         # In the order of first use: FBGEMM's backward expects the tables of its lanes to ascend.
         self.table_order = list(dict.fromkeys(spec.lane_tables))
+        self.num_rows = [spec.tables[table].num_rows for table in self.table_order]
         self.tbe = _table_batched(spec, self.table_order, device)
 
     def lookup(self, values_N: Tensor, offsets: Tensor, per_sample_weights_N: Tensor | None) -> Tensor:
@@ -134,13 +136,17 @@ class FbgemmFusedTables(nn.Module):
 
     def weights(self) -> dict[int, Tensor]:
         """Table index -> live weights [R, D]."""
-        return dict(zip(self.table_order, self.tbe.split_embedding_weights()))
+        tables = zip(self.table_order, self.tbe.split_embedding_weights(), self.num_rows)
+        return {table: weights[:num_rows] for table, weights, num_rows in tables}
 
     def optimizer_state(self, kind: str) -> dict[int, dict[str, Tensor]]:
         """Table index -> live state."""
         names = list(ROW_OPTIMIZERS[kind].state)
         states = self.tbe.split_optimizer_states() if names else [[] for _ in self.table_order]
-        return {table: dict(zip(names, tensors)) for table, tensors in zip(self.table_order, states)}
+        return {
+            table: {name: state[:num_rows] for name, state in zip(names, tensors)}
+            for table, tensors, num_rows in zip(self.table_order, states, self.num_rows)
+        }
 
 
 def _table_batched(spec: KernelSpec, table_order: list[int], device: torch.device) -> nn.Module:
@@ -160,7 +166,8 @@ def _table_batched(spec: KernelSpec, table_order: list[int], device: torch.devic
     compute = ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA
     tables = [spec.tables[table] for table in table_order]
     tbe = SplitTableBatchedEmbeddingBagsCodegen(
-        embedding_specs=[(table.num_rows, table.dim, location, compute) for table in tables],
+        # A table without rows gets one that no id reaches: FBGEMM tells tables apart by where their rows start.
+        embedding_specs=[(max(table.num_rows, 1), table.dim, location, compute) for table in tables],
         feature_table_map=[table_order.index(table) for table in spec.lane_tables],
         weights_precision=SparseType(spec.data_type.value.lower()),
         output_dtype=SparseType.FP32,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kernel_helpers import BACKENDS, both_backends, make_spec, pooled_by_hand, random_batch, with_random_weights
 
 from recsys_edu.kernels import (
+    OPTIMIZER_KINDS,
     KernelSpec,
     TableSpec,
     flat_buffer,
@@ -143,6 +144,28 @@ def test_tables_of_one_row_of_none_and_of_millions(backend, optimizer):
     assert out.tolist() == [[4.0] * 4 + [5.0] * 4]
     out.sum().backward()
     assert kernel.table_weights()[2][-1, 0] < 5.0 and kernel.table_weights()[2][0, 0] == 0.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [None, *OPTIMIZER_KINDS])
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("rows", [(5, 0), (0, 5), (0, 0), (1, 0, 3)])
+def test_lanes_of_tables_without_rows(backend, kind, pooled, rows):
+    """A rank may own none of a table's rows: its lane is then always empty."""
+    spec = make_spec(range(len(rows)), pooled, kind, rows=rows, dims=(4,) * len(rows))
+    kernel = make_kernel(spec, backend=backend)
+    for table in kernel.table_weights():
+        table.fill_(1.0)
+    lengths = torch.tensor([[2 if n else 0, 0, 1 if n else 0] for n in rows])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.flatten().cumsum(0)])
+    out = kernel(torch.zeros(int(offsets[-1]), dtype=torch.int64), offsets)
+    out.sum().backward()
+    if pooled:
+        assert out[0].tolist() == [2.0 if n else 0.0 for n in rows for _ in range(4)]
+    else:
+        assert torch.equal(out.detach(), torch.ones(int(offsets[-1]), 4))
+    if kind == "SGD":
+        assert all(table[0].tolist() == pytest.approx([0.7] * 4) for table in kernel.table_weights() if len(table))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
