@@ -1,6 +1,7 @@
 """Optimizers that go by parameter names, and optimizers that run inside backward."""
 
 from recsys_edu.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from recsys_edu.optim.clipping import GradientClipping, GradientClippingOptimizer
 from recsys_edu.optim.fused import EmptyFusedOptimizer, FusedOptimizer, FusedOptimizerModule
 from recsys_edu.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
 from recsys_edu.optim.optimizers import (
@@ -14,6 +15,7 @@ from recsys_edu.optim.optimizers import (
     in_backward_optimizer_filter,
 )
 from recsys_edu.optim.rowwise_adagrad import RowWiseAdagrad
+from recsys_edu.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 __all__ = [
     "Adagrad",
@@ -22,6 +24,8 @@ __all__ = [
     "EmptyFusedOptimizer",
     "FusedOptimizer",
     "FusedOptimizerModule",
+    "GradientClipping",
+    "GradientClippingOptimizer",
     "KeyedOptimizer",
     "KeyedOptimizerWrapper",
     "LAMB",
@@ -31,6 +35,9 @@ __all__ = [
     "PartialRowWiseLAMB",
     "RowWiseAdagrad",
     "SGD",
+    "WarmupOptimizer",
+    "WarmupPolicy",
+    "WarmupStage",
     "apply_optimizer_in_backward",
     "in_backward_optimizer_filter",
 ]
