@@ -48,6 +48,8 @@ READING_ORDER = {
         "recsys_edu/distributed/flight.py",
         "recsys_edu/distributed/pooled_assembly.py",
         "recsys_edu/distributed/embeddingbag.py",
+        "recsys_edu/distributed/model_parallel.py",
+        "recsys_edu/distributed/simulation.py",
     ],
     "Around it": [
         "recsys_edu/datasets/movielens_ctr.py",
