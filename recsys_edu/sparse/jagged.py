@@ -17,9 +17,8 @@ from torch.utils._pytree import GetAttrKey, register_pytree_node
 from recsys_edu.kernels.jagged_ops import complete_cumsum, jagged_to_padded_dense
 from recsys_edu.sparse import printing
 from recsys_edu.sparse.checks import JaggedInputError, TraceableMeta, check_structure, check_weights, checks_apply
+from recsys_edu.sparse.copying import PARTS, copy_parts, parts_are_equal, room_for
 from recsys_edu.streamable import Pipelineable
-
-PARTS = ("_values", "_weights", "_lengths", "_offsets")
 
 
 class JaggedTensor(Pipelineable, metaclass=TraceableMeta):
@@ -72,7 +71,7 @@ class JaggedTensor(Pipelineable, metaclass=TraceableMeta):
     @staticmethod
     def empty_like(jt: JaggedTensor, device: torch.device | None = None) -> JaggedTensor:
         """Room for another batch of the same shapes; values are uninitialised and lengths 0 until `copy_`."""
-        return trusted_jagged(*(_room_for(getattr(jt, part), part, device) for part in PARTS))
+        return trusted_jagged(*(room_for(getattr(jt, part), part, device) for part in PARTS))
 
     @staticmethod
     def from_dense_lengths(values: Tensor, lengths: Tensor, weights: Tensor | None = None) -> JaggedTensor:
@@ -227,56 +226,11 @@ def num_rows(jt: JaggedTensor) -> int:
     return jt._lengths.numel() if jt._lengths is not None else max(jt._offsets.numel() - 1, 0)
 
 
-def copy_parts(target: object, source: object, non_blocking: bool) -> None:
-    """Copy values, weights, lengths and offsets between two (Keyed)JaggedTensors of one shape, all or nothing."""
-    pairs = []
-    for part, read in zip(PARTS, ("values", "weights_or_none", "lengths", "offsets")):
-        mine = getattr(target, part)
-        if mine is None and part != "_weights":
-            continue  # lengths or offsets this object computes when it needs them
-        theirs = getattr(source, read)()
-        if mine is None and theirs is None:
-            continue
-        if mine is None or theirs is None or mine.shape != theirs.shape:
-            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (mine, theirs)]
-            raise JaggedInputError(
-                f"copy_ needs equal shapes: {part[1:]} here is {shapes[0]}, in the source {shapes[1]}. "
-                "Make room with empty_like of a batch of the source's shape."
-            )
-        pairs.append((mine, theirs))
-    for mine, theirs in pairs:
-        mine.copy_(theirs, non_blocking=non_blocking)
-
-
-def _room_for(tensor: Tensor | None, part: str, device: torch.device | None) -> Tensor | None:
-    if tensor is None:
-        return None
-    make = torch.zeros_like if part in ("_lengths", "_offsets") else torch.empty_like
-    return make(tensor, device=device)
-
-
 def jt_is_equal(jt_1: JaggedTensor, jt_2: JaggedTensor) -> bool:
     """Whether two batches hold the same rows: values, weights, lengths and offsets; never raises on a mismatch."""
     if not isinstance(jt_1, JaggedTensor) or not isinstance(jt_2, JaggedTensor):
         return False
     return parts_are_equal(jt_1, jt_2)
-
-
-def parts_are_equal(first: object, second: object) -> bool:
-    """Equality of values, weights and structure of two (Keyed)JaggedTensors."""
-    pairs = [
-        (first.values(), second.values()),
-        (first.weights_or_none(), second.weights_or_none()),
-        (first.lengths(), second.lengths()),
-        (first.offsets(), second.offsets()),
-    ]
-    return all(_same(mine, theirs) for mine, theirs in pairs)
-
-
-def _same(mine: Tensor | None, theirs: Tensor | None) -> bool:
-    if mine is None or theirs is None:
-        return mine is theirs
-    return mine.shape == theirs.shape and mine.device == theirs.device and bool(torch.all(mine == theirs))
 
 
 def _unflatten(leaves: object, _context: None) -> JaggedTensor:

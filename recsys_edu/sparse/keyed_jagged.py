@@ -13,13 +13,13 @@ Shapes: K keys, B stride, W ranks, N values in all.
 
 from __future__ import annotations
 
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from recsys_edu.kernels.jagged_ops import complete_cumsum
-from recsys_edu.sparse import dist_parts, printing, rearrange
+from recsys_edu.sparse import copying, dist_parts, printing, rearrange
 from recsys_edu.sparse.checks import (
     JaggedInputError,
     TraceableMeta,
@@ -28,7 +28,7 @@ from recsys_edu.sparse.checks import (
     check_weights,
     checks_apply,
 )
-from recsys_edu.sparse.jagged import JaggedTensor, _room_for, copy_parts, lengths_from, parts_are_equal, trusted_jagged
+from recsys_edu.sparse.jagged import JaggedTensor, lengths_from, trusted_jagged
 from recsys_edu.streamable import Pipelineable
 
 InverseIndices = tuple[list[str], Tensor]
@@ -164,13 +164,7 @@ class KeyedJaggedTensor(Pipelineable, metaclass=TraceableMeta):
     @staticmethod
     def empty_like(kjt: KeyedJaggedTensor, device: torch.device | None = None) -> KeyedJaggedTensor:
         """Room for another batch of the same keys and shapes; values uninitialised and lengths 0 until `copy_`."""
-        parts = [
-            _room_for(getattr(kjt, part), part, device) for part in ("_values", "_weights", "_lengths", "_offsets")
-        ]
-        inverse = kjt._inverse_indices
-        if inverse is not None:
-            inverse = (inverse[0], torch.zeros_like(inverse[1], device=device))
-        return trusted_keyed(kjt._keys, *parts, kjt._stride, kjt._strides, inverse)
+        return copying.empty_like_keyed(kjt, device)
 
     @staticmethod
     def dist_init(
@@ -291,7 +285,7 @@ class KeyedJaggedTensor(Pipelineable, metaclass=TraceableMeta):
             if self._offset_per_key is not None:
                 self._length_per_key = [b - a for a, b in zip(self._offset_per_key, self._offset_per_key[1:])]
             else:
-                self._length_per_key = self._compute_length_per_key()
+                self._length_per_key = rearrange.count_values_per_key(self)
         return self._length_per_key
 
     def length_per_key_or_none(self) -> list[int] | None:
@@ -385,21 +379,11 @@ class KeyedJaggedTensor(Pipelineable, metaclass=TraceableMeta):
         self, device: torch.device, non_blocking: bool = False, dtype: torch.dtype | None = None
     ) -> KeyedJaggedTensor:
         """The same batch on another device; `dtype` converts the weights only."""
-
-        def move(tensor: Tensor | None, to_dtype: torch.dtype | None = None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device=device, dtype=to_dtype, non_blocking=non_blocking)
-
-        moved = self._with(move(self._values), move(self._weights, dtype), move(self._lengths), move(self._offsets))
-        if moved._inverse_indices is not None:
-            moved._inverse_indices = (moved._inverse_indices[0], move(moved._inverse_indices[1]))
-        return moved
+        return copying.move_keyed(self, device, non_blocking, dtype)
 
     def pin_memory(self) -> KeyedJaggedTensor:
         """A copy in page-locked memory, from which copies to a CUDA device can run beside other work."""
-        pinned = self._with(*(None if part is None else part.pin_memory() for part in self._parts()))
-        if pinned._inverse_indices is not None:
-            pinned._inverse_indices = (pinned._inverse_indices[0], pinned._inverse_indices[1].pin_memory())
-        return pinned
+        return copying.pin_keyed(self)
 
     def record_stream(self, stream: torch.Stream) -> None:
         for tensor in self._tensors():
@@ -411,16 +395,7 @@ class KeyedJaggedTensor(Pipelineable, metaclass=TraceableMeta):
         Raises:
             ValueError: keys or shapes differ; nothing is changed then.
         """
-        if self._keys != kjt._keys:
-            raise JaggedInputError(f"copy_ needs equal keys: here {self._keys}, in the source {kjt._keys}.")
-        copy_parts(self, kjt, non_blocking)
-        self._strides, self._stride_per_key, self._stride = kjt._strides, kjt._stride_per_key, kjt._stride
-        if kjt._inverse_indices is not None:
-            names, matrix = kjt._inverse_indices
-            self._inverse_indices = (names, matrix.to(self.device(), non_blocking=non_blocking, copy=True))
-        self._lengths_offset_per_key = None
-        self._jt_dict = None
-        return self.unsync()
+        return copying.copy_keyed(self, kjt, non_blocking)
 
     def clear_storage(self) -> int:
         """Free the memory of every tensor held, at once; returns the bytes freed. The batch is unusable after."""
@@ -493,25 +468,6 @@ class KeyedJaggedTensor(Pipelineable, metaclass=TraceableMeta):
         other._index_per_key = self._index_per_key
         return other
 
-    def _compute_length_per_key(self) -> list[int]:
-        if not self._keys:
-            return []
-        stride = None if self._strides is not None else self.stride()
-        if stride == 0:
-            return [0] * len(self._keys)
-        if stride is not None and self._offsets is None:
-            # host sync: values per key, from the lengths
-            return self._lengths.reshape(len(self._keys), stride).sum(1).tolist()
-        offsets = self.offsets()
-        if stride is not None:
-            starts = offsets[::stride]
-        else:
-            starts = offsets[torch.tensor(self.lengths_offset_per_key(), device=offsets.device)]
-        # host sync: values per key, from the offsets at which keys begin
-        offset_per_key = starts.tolist()
-        self._offset_per_key = offset_per_key
-        return [end - start for start, end in pairwise(offset_per_key)]
-
 
 def _fill(
     kjt: KeyedJaggedTensor,
@@ -563,7 +519,7 @@ def kjt_is_equal(kjt_1: KeyedJaggedTensor, kjt_2: KeyedJaggedTensor) -> bool:
         return False
     if kjt_1.keys() != kjt_2.keys() or kjt_1.stride_per_key() != kjt_2.stride_per_key():
         return False
-    if kjt_1.stride_per_key_per_rank() != kjt_2.stride_per_key_per_rank() or not parts_are_equal(kjt_1, kjt_2):
+    if kjt_1.stride_per_key_per_rank() != kjt_2.stride_per_key_per_rank() or not copying.parts_are_equal(kjt_1, kjt_2):
         return False
     first, second = kjt_1.inverse_indices_or_none(), kjt_2.inverse_indices_or_none()
     if first is None or second is None:

@@ -22,6 +22,27 @@ if TYPE_CHECKING:
     from recsys_edu.sparse.keyed_jagged import InverseIndices, KeyedJaggedTensor
 
 
+def count_values_per_key(kjt: KeyedJaggedTensor) -> list[int]:
+    """Number of values of each key, in one wait for the device."""
+    if not kjt._keys:
+        return []
+    stride = None if kjt._strides is not None else kjt.stride()
+    if stride == 0:
+        return [0] * len(kjt._keys)
+    if stride is not None and kjt._offsets is None:
+        # host sync: values per key, from the lengths
+        return kjt._lengths.reshape(len(kjt._keys), stride).sum(1).tolist()
+    offsets = kjt.offsets()
+    if stride is not None:
+        starts = offsets[::stride]
+    else:
+        starts = offsets[torch.tensor(kjt.lengths_offset_per_key(), device=offsets.device)]
+    # host sync: values per key, from the offsets at which keys begin
+    offset_per_key = starts.tolist()
+    kjt._offset_per_key = offset_per_key
+    return [end - start for start, end in pairwise(offset_per_key)]
+
+
 def split(kjt: KeyedJaggedTensor, segments: list[int]) -> list[KeyedJaggedTensor]:
     """Consecutive keys into parts; see KeyedJaggedTensor.split."""
     from recsys_edu.sparse.keyed_jagged import trusted_keyed
