@@ -91,17 +91,26 @@ class InteractionArch(nn.Module):
     def __init__(self, num_sparse_features: int) -> None:
         super().__init__()
         self.F = num_sparse_features
-        rows, columns = torch.triu_indices(self.F + 1, self.F + 1, offset=1)
-        # positions of the pairs in a flattened (F+1) x (F+1) matrix: one gather instead of two index tensors
-        self.register_buffer("_pair_positions", rows * (self.F + 1) + columns, persistent=False)
 
     def forward(self, dense_features: torch.Tensor, sparse_features: torch.Tensor) -> torch.Tensor:
         if self.F <= 0:
             return dense_features
         vectors = torch.cat((dense_features.unsqueeze(1), sparse_features), dim=1)
         products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
-        pairs_BP = products.index_select(1, self._pair_positions)
+        pairs_BP = products.index_select(1, pair_positions(self.F + 1, products.device))
         return torch.cat((dense_features, pairs_BP), dim=1)
+
+
+def pair_positions(num_vectors: int, device: torch.device) -> torch.Tensor:
+    """Where the pairs i < j lie in a flattened num_vectors x num_vectors matrix, row by row.
+
+    A few microseconds of arithmetic; kept as a buffer they would be garbage after `meta` and `to_empty`.
+
+    >>> pair_positions(3, torch.device("cpu"))          # (0, 1), (0, 2), (1, 2)
+    tensor([1, 2, 5])
+    """
+    first, second = torch.triu_indices(num_vectors, num_vectors, offset=1, device=device)
+    return first * num_vectors + second
 
 
 class InteractionDCNArch(nn.Module):
@@ -206,12 +215,10 @@ class DLRM(nn.Module):
         self.sparse_arch = SparseArch(embedding_bag_collection)
         num_sparse_features = len(self.sparse_arch.sparse_feature_names)
         self.dense_arch = DenseArch(dense_in_features, dense_arch_layer_sizes, device=dense_device)
-        self.inter_arch: nn.Module = InteractionArch(num_sparse_features)
+        self.inter_arch: nn.Module = InteractionArch(num_sparse_features)  # no parameters, no buffers: no device
         self.over_arch = OverArch(
             embedding_dim + choose(num_sparse_features + 1, 2), over_arch_layer_sizes, device=dense_device
         )
-        if dense_device is not None:
-            self.inter_arch.to(dense_device)
 
     def compile_dense_path(self, compile_mode: str = "reduce-overhead") -> None:
         """Compile everything but the tables with torch.compile."""
