@@ -70,6 +70,7 @@ class Layout:
     max_dim: int
     row_starts: Tensor  # hash_size_cumsum, [L + 1]
     row_bits: int
+    used_tables: frozenset[int]
 
 
 @functools.lru_cache(maxsize=256)
@@ -86,6 +87,7 @@ def layout(shapes: tuple[tuple[int, int], ...], lane_tables: tuple[int, ...], de
         max_dim=max((shapes[table][1] for table in lane_tables), default=0),
         row_starts=torch.tensor([rows[table] for table in lane_tables] + rows[-1:], device=device),
         row_bits=rows[-1].bit_length(),
+        used_tables=frozenset(lane_tables),
     )
 
 

@@ -44,18 +44,13 @@ def pooled_lookup(
     """
     values_N, offsets, per_sample_weights_N = prepare(values_N, offsets, per_sample_weights_N)
     reference.batch_size_of(offsets, len(lane_tables))
-    reason = _why_not_flat(weights, lane_tables) if backend != "pytorch" else "PyTorch was asked for"
-    if reason is None and offsets.numel() > 1:
-        shapes = tuple((weight.shape[0], weight.shape[1]) for weight in weights)
-        where = layout(shapes, tuple(lane_tables), values_N.device)
-        needs_gradient = torch.is_grad_enabled() and (
-            any(weight.requires_grad for weight in weights)
-            or (per_sample_weights_N is not None and per_sample_weights_N.requires_grad)
-        )
-        if not needs_gradient:
-            with torch.no_grad():
-                return flat_pooled_lookup(flat_buffer(weights), where, values_N, offsets, per_sample_weights_N)
-        return _FlatPooledLookup.apply(where, frozenset(lane_tables), values_N, offsets, per_sample_weights_N, *weights)
+    flat = flat_buffer(weights) if backend != "pytorch" else None
+    reason = _why_not_flat(weights, flat) if backend != "pytorch" else "PyTorch was asked for"
+    if reason is None and lane_tables and offsets.numel() > 1:
+        where = layout(tuple(weight.shape for weight in weights), tuple(lane_tables), values_N.device)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (per_sample_weights_N, *weights)):
+            return _FlatPooledLookup.apply(flat, where, values_N, offsets, per_sample_weights_N, *weights)
+        return flat_pooled_lookup(flat, where, values_N, offsets, per_sample_weights_N)
     if backend == "fbgemm" and reason is not None:
         raise ValueError(f"backend='fbgemm' was asked for, but {reason}")
     return reference.pooled_lookup(weights, lane_tables, values_N, offsets, per_sample_weights_N)
@@ -94,14 +89,10 @@ def prepare(
     return values_N.contiguous(), offsets.to(values_N.dtype).contiguous(), per_sample_weights_N
 
 
-def _why_not_flat(weights: Sequence[Tensor], lane_tables: Sequence[int]) -> str | None:
-    if not weights or not lane_tables:
-        return "there is nothing to look up"
-    dims = [weight.shape[1] for weight in weights]
-    reason = why_not_lookup(dims, weights[0].dtype, weights[0].device)
-    if reason is None and flat_buffer(weights) is None:
-        reason = "the tables do not lie in one buffer (see flatten_tables)"
-    return reason
+def _why_not_flat(weights: Sequence[Tensor], flat: Tensor | None) -> str | None:
+    if flat is None:
+        return "the tables do not lie in one buffer (see flatten_tables)"
+    return why_not_lookup([weight.shape[1] for weight in weights], flat.dtype, flat.device)
 
 
 def flat_buffer(weights: Sequence[Tensor]) -> Tensor | None:
@@ -110,15 +101,16 @@ def flat_buffer(weights: Sequence[Tensor]) -> Tensor | None:
     if not filled:
         return None
     first = filled[0]
-    expected, dtype = first.data_ptr(), first.dtype
+    start, dtype = first.data_ptr(), first.dtype
+    expected = start
     for weight in filled:
         if weight.data_ptr() != expected or weight.dtype != dtype or not weight.is_contiguous():
             return None
-        expected += weight.numel() * weight.element_size()
-    total = sum(weight.numel() for weight in filled)
-    if first.untyped_storage().nbytes() < (first.storage_offset() + total) * first.element_size():
+        expected += weight.nbytes
+    storage = first.untyped_storage()
+    if storage.data_ptr() + storage.nbytes() < expected:
         return None  # neighbours by accident, in two allocations
-    return first.data.as_strided((total,), (1,))
+    return first.data.as_strided(((expected - start) // first.element_size(),), (1,))
 
 
 def flatten_tables(parameters: Sequence[Tensor]) -> bool:
@@ -156,18 +148,18 @@ class _FlatPooledLookup(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
+        flat: Tensor,
         where: Layout,
-        used_tables: frozenset[int],
         values_N: Tensor,
         offsets: Tensor,
         per_sample_weights_N: Tensor | None,
         *weights: Tensor,
     ) -> Tensor:
         needs_samples = ctx.needs_input_grad[4]
-        ctx.wanted = [needed and table in used_tables for table, needed in enumerate(ctx.needs_input_grad[5:])]
+        ctx.wanted = [needed and table in where.used_tables for table, needed in enumerate(ctx.needs_input_grad[5:])]
         needs_flat = any(ctx.wanted)
         with torch.enable_grad(), _quiet_autograd(where.columns.device):
-            flat = flat_buffer(weights).requires_grad_(needs_flat)
+            flat = flat.detach().requires_grad_(needs_flat)
             if per_sample_weights_N is not None:
                 per_sample_weights_N = per_sample_weights_N.detach().requires_grad_(needs_samples)
             pooled_BD = flat_pooled_lookup(flat, where, values_N, offsets, per_sample_weights_N)

@@ -68,6 +68,10 @@ class DenseKernel(nn.Module):
         lookup.flatten_tables(list(self.weights))
         return self
 
+    def __setstate__(self, state) -> None:  # copy.deepcopy and unpickling clone each parameter by itself
+        super().__setstate__(state)
+        lookup.flatten_tables(list(self.weights))
+
     def forward(self, values_N: Tensor, offsets: Tensor, per_sample_weights_N: Tensor | None = None) -> Tensor:
         values_N, offsets, per_sample_weights_N = _checked(self.spec, values_N, offsets, per_sample_weights_N)
         weights, backend = list(self.weights), "pytorch" if self.backend == "pytorch" else None
@@ -104,6 +108,11 @@ class FusedKernel(nn.Module):
         # Backward must run although no input needs a gradient; this leaf asks for it and never gets one.
         self._trigger = torch.zeros((), requires_grad=True)
         lookup.flatten_tables(self.table_weights())
+
+    def _apply(self, function, recurse: bool = True):
+        super()._apply(function, recurse)
+        lookup.flatten_tables(self.table_weights())
+        return self
 
     def forward(self, values_N: Tensor, offsets: Tensor, per_sample_weights_N: Tensor | None = None) -> Tensor:
         values_N, offsets, per_sample_weights_N = _checked(self.spec, values_N, offsets, per_sample_weights_N)

@@ -29,6 +29,7 @@ def run_rule(spec: OptimizerSpec, weights, gradients_per_step):
     return weights, state
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch.optim.Adagrad's own
 @pytest.mark.parametrize(
     ("spec", "make"),
     [
