@@ -21,7 +21,7 @@ from recsys_edu.distributed.pending import PendingJaggedTensors
 from recsys_edu.distributed.replicas import Replicas
 from recsys_edu.distributed.sequence_assembly import SequenceAssembly, StartSequence, WaitSequence
 from recsys_edu.distributed.shards import fused_tables_optimizer, local_shards, plan_tables, table_modules
-from recsys_edu.distributed.types import ParameterSharding, ShardingEnv
+from recsys_edu.distributed.types import ParameterSharding, ShardedModule, ShardingEnv
 from recsys_edu.modules.embedding_configs import EmbeddingConfig
 from recsys_edu.modules.embedding_modules import EmbeddingCollection, get_embedding_names_by_table
 from recsys_edu.optim.keyed import KeyedOptimizer
@@ -87,12 +87,13 @@ class ShardedEmbeddingCollection(nn.Module):
         """Phase 3: look up this rank's lanes and start to return the rows."""
         self._lookup.lookup(flight)
         flight.places = self._assembly.places(flight)
-        flight.returned = StartSequence.apply(self._anchor, flight, self._exchange, self._kernel_lanes, *flight.results)
+        returned = StartSequence.apply(self._anchor, flight, self._exchange, self._kernel_lanes, *flight.results)
+        flight.returned = (returned,)
         flight.local = self._replicas.lookup(flight.kjt)
 
     def finish(self, flight: Flight) -> dict[str, JaggedTensor]:
         """Phase 4: wait for the returned rows and hand them out by name."""
-        rows = WaitSequence.apply(flight.returned, flight.local, flight, self._exchange, self._assembly)
+        rows = WaitSequence.apply(*flight.returned, flight.local, flight, self._exchange, self._assembly)
         kjt, answers, first = flight.kjt, {}, 0
         lengths_FB = kjt.lengths().view(len(kjt.keys()), -1)
         for name, output in zip(self._names, self._tables.layout.outputs):
@@ -111,6 +112,9 @@ class ShardedEmbeddingCollection(nn.Module):
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """The configs of the unsharded collection."""
         return self._configs
+
+
+ShardedModule.register(ShardedEmbeddingCollection)
 
 
 class EmbeddingCollectionSharder(BaseEmbeddingSharder[EmbeddingCollection]):

@@ -45,8 +45,6 @@ class Flight:
     batch_sizes_W: list[int] = field(default_factory=list)
     payload: Transfer | None = None
     weights: Tensor | None = None
-    weights_transfer: Transfer | None = None
-    weights_gradient: Transfer | None = None
     lane_order_M: Tensor | None = None
     """For every value in lane-major order, its place among the received ones; None when they are the same."""
     totals_Wl: Tensor | None = None
@@ -55,10 +53,10 @@ class Flight:
     """Per kernel of this rank: pooled `[sum of B, columns]` or one row per value."""
     local: Tensor | None = None
     """What this rank's own replicas of data-parallel tables gave."""
-    returned: Tensor | None = None
-    """Buffer that the answers arrive in, and `answer`, the transfer that fills it."""
-    answer: Transfer | None = None
-    gradient: Transfer | None = None
+    returned: tuple[Tensor, ...] = ()
+    """Buffers that the answers arrive in."""
+    under_way: dict[str, Transfer] = field(default_factory=dict)
+    """Started transfers of answers and of gradients, by what they carry."""
     places: Places | None = None
     answer_elements_W: list[int] = field(default_factory=list)
     """Sequences only: where returned rows go, and how many numbers each rank gets from this one."""
@@ -228,25 +226,26 @@ class _StartWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights_N: Tensor, flight: Flight, exchange: Exchange) -> Tensor:
         ctx.flight, ctx.world_size = flight, exchange.world_size
-        flight.weights_transfer = exchange.start(weights_N, flight.sent_values_W, flight.received_values_W, "weights")
-        return flight.weights_transfer.received
+        transfer = exchange.start(weights_N, flight.sent_values_W, flight.received_values_W, "weights")
+        flight.under_way["weights"] = transfer
+        return transfer.received
 
     @staticmethod
     def backward(ctx, placeholder: Tensor) -> tuple[Tensor, None, None]:
         # The gradient of the tables was divided by W on its way out; these weights belong to this rank alone.
-        return ctx.flight.weights_gradient.wait() * ctx.world_size, None, None
+        return ctx.flight.under_way["gradients of weights"].wait() * ctx.world_size, None, None
 
 
 class _WaitWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx, received_M: Tensor, flight: Flight, exchange: Exchange) -> Tensor:
         ctx.flight, ctx.exchange = flight, exchange
-        return flight.weights_transfer.wait().clone()
+        return flight.under_way["weights"].wait().clone()
 
     @staticmethod
     def backward(ctx, gradient_M: Tensor) -> tuple[Tensor, None, None]:
         flight, exchange = ctx.flight, ctx.exchange
-        flight.weights_gradient = exchange.start(
+        flight.under_way["gradients of weights"] = exchange.start(
             gradient_M.contiguous(), flight.received_values_W, flight.sent_values_W, "gradients of weights"
         )
         return gradient_M, None, None

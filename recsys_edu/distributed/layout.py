@@ -59,6 +59,8 @@ class Lane:
     output: Output
     shard: Shard
     row_block: int
+    host: int | None = None
+    """Set where the rows of the shard's columns lie on exactly the ranks of one host: they are summed there first."""
 
     @property
     def rank(self) -> int:
@@ -85,11 +87,17 @@ class Layout:
         tables: in config order.
         world_size: W, number of ranks.
         pooled: one row per bag (embedding bags) or one row per id (sequences).
+        local_size: ranks per host; 0 when all are on one.
     """
 
     tables: tuple[ShardedTable, ...]
     world_size: int
     pooled: bool
+    local_size: int = 0
+
+    @property
+    def num_hosts(self) -> int:
+        return self.world_size // self.local_size if self.local_size else 1
 
     @cached_property
     def features(self) -> tuple[str, ...]:
@@ -112,15 +120,30 @@ class Layout:
 
     @cached_property
     def lanes(self) -> tuple[Lane, ...]:
-        """Rank-major; inside a rank kernel by kernel, inside a kernel in config order."""
-        lanes = [
-            Lane(output, shard, output.table.row_cuts.index(shard.rows.start))
-            for output in self.outputs
-            for shard in output.table.shards
-            if len(shard.rows) > 0
-        ]
+        """Rank-major; inside a rank kernel by kernel, then those without a host first, then in config order."""
+        lanes = []
+        for output in self.outputs:
+            hosts = self._hosts_of_columns(output.table)
+            for shard in output.table.shards:
+                row_block = output.table.row_cuts.index(shard.rows.start)
+                lanes.append(Lane(output, shard, row_block, hosts[shard.columns]))
         kernels = list(dict.fromkeys(self._kernel_key(lane) for lane in lanes))
-        return tuple(sorted(lanes, key=lambda lane: (lane.rank, kernels.index(self._kernel_key(lane)))))
+        return tuple(
+            sorted(lanes, key=lambda lane: (lane.rank, kernels.index(self._kernel_key(lane)), lane.host is not None))
+        )
+
+    def _hosts_of_columns(self, table: ShardedTable) -> dict[range, int | None]:
+        """For each column block the host on whose ranks, each once, its row blocks lie; None for any other spread."""
+        ranks_of: dict[range, list[int]] = {}
+        for shard in sorted(table.shards, key=lambda shard: shard.rows.start):
+            ranks_of.setdefault(shard.columns, []).append(shard.rank)
+        hosts: dict[range, int | None] = dict.fromkeys(ranks_of)
+        if self.pooled and self.num_hosts > 1 and self.local_size > 1:
+            for columns, ranks in ranks_of.items():
+                host = ranks[0] // self.local_size
+                if ranks == list(range(host * self.local_size, (host + 1) * self.local_size)):
+                    hosts[columns] = host
+        return hosts
 
     @cached_property
     def lanes_W(self) -> tuple[tuple[Lane, ...], ...]:
@@ -136,8 +159,16 @@ class Layout:
 
     @cached_property
     def width_W(self) -> list[int]:
-        """Columns that each rank's lanes produce together."""
-        return [sum(lane.width for lane in lanes) for lanes in self.lanes_W]
+        """Columns that each rank returns by itself."""
+        return [sum(lane.width for lane in lanes if lane.host is None) for lanes in self.lanes_W]
+
+    @cached_property
+    def width_H(self) -> list[int]:
+        """Columns that each host's ranks sum among themselves before they return them."""
+        if self.num_hosts == 1:
+            return []
+        firsts = self.lanes_W[:: self.local_size]
+        return [sum(lane.width for lane in lanes if lane.host is not None) for lanes in firsts]
 
     def kernels_of_rank(self, rank: int) -> list[RankKernel]:
         """What `rank` has to look up: one kernel per weight type, optimizer and, for sequences, width."""
@@ -173,5 +204,7 @@ class RankKernel:
     lanes: tuple[Lane, ...]
 
     @property
-    def width(self) -> int:
-        return sum(lane.width for lane in self.lanes)
+    def widths(self) -> tuple[int, int]:
+        """Columns of its output that the rank returns by itself, and those that its host sums first."""
+        alone = sum(lane.width for lane in self.lanes if lane.host is None)
+        return alone, sum(lane.width for lane in self.lanes) - alone

@@ -27,7 +27,6 @@ from recsys_edu.distributed.utils import append_prefix, init_parameters
 from recsys_edu.optim.fused import FusedOptimizerModule
 from recsys_edu.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
-
 # torch renamed this argument of DDP on the way from 2.11 to 2.13.
 _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_ARGUMENTS else "broadcast_buffers"

@@ -2,18 +2,19 @@
 
 Every rank returns, for each bag of mine, the columns of its lanes. A column of a table with whole rows comes back once
 and is copied; one of a row-split table comes back once per row block and is added up. That is one exchange forward and
-one backward, whatever the mix of sharding types. (Sequences, one row per id: sequence_assembly.py.)
+one backward, whatever the mix of sharding types. Columns whose rows lie on the ranks of one host are summed inside that
+host first (host_sums.py) and come back once per host. (Sequences, one row per id: sequence_assembly.py.)
 
 The exchange is cut in two autograd functions, start and wait, with the receive buffer as the value between them. What
 a model computes in between overlaps with it, and what it computed in between overlaps again in backward, where wait
 starts the exchange of gradients and start waits for it.
 
-Suffixes: B local batch, D columns, W ranks.
+Suffixes: B local batch, D columns, W ranks, H hosts, S sources (ranks, then hosts).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,36 +28,39 @@ from recsys_edu.distributed.layout import Lane, Layout
 class ColumnRun:
     """Neighbouring columns that come back side by side and stay side by side.
 
-    `received` are columns of the piece from `rank`, `answer` columns of the module's output. Runs of a table's first
-    row block are written, those of later ones added.
+    `received` are columns of the piece from `source` (a rank, or the number of ranks plus a host), `answer` columns of
+    the module's output. Runs of row block 0 are written, those of later blocks added.
     """
 
-    rank: int
+    source: int
     received: slice
     answer: slice
-    add: bool
+    row_block: int
 
 
 def column_runs(layout: Layout) -> tuple[ColumnRun, ...]:
     """The fewest runs that take every returned column to its place; writes before additions, blocks in row order."""
-    runs: list[tuple[int, ColumnRun]] = []
+    runs: list[ColumnRun] = []
     for rank, lanes in enumerate(layout.lanes_W):
-        received = 0
-        for lane in lanes:
-            columns = slice(lane.first_column, lane.first_column + lane.width)
-            run = ColumnRun(rank, slice(received, received + lane.width), columns, lane.row_block > 0)
-            received += lane.width
-            if runs and _continues(runs[-1], lane, run):
-                _, last = runs.pop()
-                received_columns = slice(last.received.start, run.received.stop)
-                run = ColumnRun(rank, received_columns, slice(last.answer.start, columns.stop), run.add)
-            runs.append((lane.row_block, run))
-    return tuple(run for _, run in sorted(runs, key=lambda pair: pair[0]))
+        _add_runs(runs, rank, [(lane, lane.row_block) for lane in lanes if lane.host is None])
+    for host in range(len(layout.width_H)):
+        # What a host returns is summed over its row blocks, so its first rank's lanes speak for all.
+        lanes = layout.lanes_W[host * layout.local_size]
+        _add_runs(runs, layout.world_size + host, [(lane, 0) for lane in lanes if lane.host is not None])
+    return tuple(sorted(runs, key=lambda run: run.row_block))
 
 
-def _continues(previous: tuple[int, ColumnRun], lane: Lane, run: ColumnRun) -> bool:
-    block, last = previous
-    return last.rank == run.rank and block == lane.row_block and last.answer.stop == run.answer.start
+def _add_runs(runs: list[ColumnRun], source: int, lanes: list[tuple[Lane, int]]) -> None:
+    received = 0
+    for lane, row_block in lanes:
+        first, last = lane.first_column, lane.first_column + lane.width
+        previous = runs[-1] if runs else None
+        if previous and (previous.source, previous.row_block, previous.answer.stop) == (source, row_block, first):
+            columns = slice(previous.received.start, received + lane.width)
+            runs[-1] = replace(previous, received=columns, answer=slice(previous.answer.start, last))
+        else:
+            runs.append(ColumnRun(source, slice(received, received + lane.width), slice(first, last), row_block))
+        received += lane.width
 
 
 class PooledAssembly:
@@ -68,6 +72,7 @@ class PooledAssembly:
     """
 
     def __init__(self, layout: Layout, local_columns: tuple[slice, ...] = ()) -> None:
+        self.width_S = [*layout.width_W, *layout.width_H]
         self.width_W = layout.width_W
         self.runs = column_runs(layout)
         self.local_columns = local_columns
@@ -77,14 +82,19 @@ class PooledAssembly:
             for output in layout.outputs
             if output.table.mean
         ]
+        whole = slice(0, layout.num_columns)
+        in_place = [(run.received, run.answer) for run in self.runs] == [(whole, whole)]
+        self.is_identity = in_place and not self.means  # means divide the answer, which must then be a copy
 
     def scatter(self, pieces: Tensor, local_BD: Tensor | None, batch_size: int) -> Tensor:
-        """Returned pieces, rank after rank, to the output [B, D] of sums."""
+        """Returned pieces, source after source, to the output [B, D] of sums."""
+        if self.is_identity:
+            return pieces.view(batch_size, self.num_columns)
         answer_BD = pieces.new_empty(batch_size, self.num_columns)
         blocks = self._blocks(pieces, batch_size)
         for run in self.runs:
-            target, piece = answer_BD[:, run.answer], blocks[run.rank][:, run.received]
-            target.add_(piece) if run.add else target.copy_(piece)
+            target, piece = answer_BD[:, run.answer], blocks[run.source][:, run.received]
+            target.add_(piece) if run.row_block else target.copy_(piece)
         first = 0
         for columns in self.local_columns:
             width = columns.stop - columns.start
@@ -94,16 +104,18 @@ class PooledAssembly:
 
     def gather(self, gradient_BD: Tensor) -> Tensor:
         """The adjoint of `scatter`: every returned column gets the gradient of the column it went into."""
+        if self.is_identity:
+            return gradient_BD.flatten()
         batch_size = gradient_BD.shape[0]
-        pieces = gradient_BD.new_empty(batch_size * sum(self.width_W))
+        pieces = gradient_BD.new_empty(batch_size * sum(self.width_S))
         blocks = self._blocks(pieces, batch_size)
         for run in self.runs:
-            blocks[run.rank][:, run.received] = gradient_BD[:, run.answer]
+            blocks[run.source][:, run.received] = gradient_BD[:, run.answer]
         return pieces
 
     def _blocks(self, pieces: Tensor, batch_size: int) -> list[Tensor]:
-        parts = pieces.split([batch_size * width for width in self.width_W])
-        return [part.view(batch_size, width) for part, width in zip(parts, self.width_W)]
+        parts = pieces.split([batch_size * width for width in self.width_S])
+        return [part.view(batch_size, width) for part, width in zip(parts, self.width_S)]
 
     def divide_means(self, answer_BD: Tensor, flight: Flight) -> None:
         """Turn the sums of MEAN tables into means, in place; an empty bag stays zero."""
@@ -124,21 +136,32 @@ class StartPooled(torch.autograd.Function):
         width = pooled.shape[1]
         send_W = [batch_size * width for batch_size in flight.batch_sizes_W]
         receive_W = [flight.batch_size * width for width in assembly.width_W]
-        flight.answer = exchange.start(pooled.flatten(), send_W, receive_W, "pooled embeddings")
-        return flight.answer.received.view(-1)
+        transfer = exchange.start(pooled.flatten(), send_W, receive_W, "pooled embeddings")
+        flight.under_way["pooled"] = transfer
+        return transfer.received.view(-1)
 
     @staticmethod
     def backward(ctx, placeholder: Tensor):
-        return ctx.flight.gradient.wait().view(ctx.shape), None, None, None, None
+        return ctx.flight.under_way["gradients of pooled"].wait().view(ctx.shape), None, None, None, None
 
 
 class WaitPooled(torch.autograd.Function):
-    """Wait for the returned columns and assemble the output; backward starts the exchange of gradients."""
+    """Wait for the returned columns and assemble the output; backward starts the exchange of gradients.
+
+    Args:
+        local_BD: what this rank's replicas gave, or None.
+        hosts: the two-hop exchange of host sums, or None.
+        returned: the buffer of StartPooled and, with hosts, that of SumBetweenHosts.
+    """
 
     @staticmethod
-    def forward(ctx, returned: Tensor, local_BD, flight: Flight, exchange: Exchange, assembly: PooledAssembly):
-        ctx.flight, ctx.exchange, ctx.assembly, ctx.has_local = flight, exchange, assembly, local_BD is not None
-        answer_BD = assembly.scatter(flight.answer.wait(), local_BD, flight.batch_size)
+    def forward(ctx, local_BD, flight: Flight, exchange: Exchange, assembly: PooledAssembly, hosts, *returned: Tensor):
+        ctx.flight, ctx.exchange, ctx.assembly, ctx.hosts = flight, exchange, assembly, hosts
+        ctx.has_local = local_BD is not None
+        pieces = flight.under_way["pooled"].wait()
+        if hosts is not None:
+            pieces = torch.cat([pieces, flight.under_way["host sums"].wait()])
+        answer_BD = assembly.scatter(pieces, local_BD, flight.batch_size)
         assembly.divide_means(answer_BD, flight)
         return answer_BD
 
@@ -149,12 +172,17 @@ class WaitPooled(torch.autograd.Function):
             gradient_BD = gradient_BD.clone()
             assembly.divide_means(gradient_BD, flight)
         local = torch.cat([gradient_BD[:, columns] for columns in assembly.local_columns], 1) if ctx.has_local else None
-        # One process with W times the batch would divide its mean loss by W times as many examples; so does DDP.
         pieces = assembly.gather(gradient_BD)
         if exchange.world_size > 1:
-            pieces.div_(exchange.world_size)
-        width = assembly.width_W[exchange.rank]
+            # One process with W times the batch would divide its mean loss by W times as many examples; so does DDP.
+            pieces = pieces / exchange.world_size
+        alone = flight.batch_size * sum(assembly.width_W)
         send_W = [flight.batch_size * width for width in assembly.width_W]
-        receive_W = [batch_size * width for batch_size in flight.batch_sizes_W]
-        flight.gradient = exchange.start(pieces, send_W, receive_W, "gradients of pooled embeddings")
-        return pieces, local, None, None, None
+        receive_W = [batch_size * assembly.width_W[exchange.rank] for batch_size in flight.batch_sizes_W]
+        flight.under_way["gradients of pooled"] = exchange.start(
+            pieces[:alone], send_W, receive_W, "gradients of pooled embeddings"
+        )
+        if ctx.hosts is None:
+            return local, None, None, None, None, pieces
+        ctx.hosts.start_gradients(pieces[alone:], flight, exchange)
+        return local, None, None, None, None, pieces[:alone], pieces[alone:]

@@ -166,12 +166,13 @@ class StartSequence(torch.autograd.Function):
         ctx.flight, ctx.order = flight, WireOrder(flight, list(results), kernel_lanes)
         flight.answer_elements_W = ctx.order.elements_W
         send = ctx.order.pack(list(results)) if results else anchor.detach()
-        flight.answer = exchange.start(send, ctx.order.elements_W, flight.places.returned_W, "sequence embeddings")
-        return flight.answer.received.view(-1)
+        transfer = exchange.start(send, ctx.order.elements_W, flight.places.returned_W, "sequence embeddings")
+        flight.under_way["rows"] = transfer
+        return transfer.received.view(-1)
 
     @staticmethod
     def backward(ctx, placeholder: Tensor):
-        flat = ctx.flight.gradient.wait()
+        flat = ctx.flight.under_way["gradients of rows"].wait()
         return None, None, None, None, *(ctx.order.unpack(flat) if ctx.order.shapes else ())
 
 
@@ -182,7 +183,7 @@ class WaitSequence(torch.autograd.Function):
     def forward(ctx, returned: Tensor, local, flight: Flight, exchange: Exchange, assembly: SequenceAssembly):
         ctx.flight, ctx.exchange, ctx.assembly = flight, exchange, assembly
         ctx.has_local = local is not None
-        return assembly.scatter(flight.answer.wait(), local, flight.places)
+        return assembly.scatter(flight.under_way["rows"].wait(), local, flight.places)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -190,7 +191,7 @@ class WaitSequence(torch.autograd.Function):
         pieces = ctx.assembly.gather(gradient, flight.places)
         if exchange.world_size > 1:
             pieces.div_(exchange.world_size)  # as in WaitPooled: the mean over W batches
-        flight.gradient = exchange.start(
+        flight.under_way["gradients of rows"] = exchange.start(
             pieces, flight.places.returned_W, flight.answer_elements_W, "gradients of sequence embeddings"
         )
         local = torch.cat([gradient[rows] for rows in flight.places.local_rows]) if ctx.has_local else None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recsys_edu.distributed.comm import get_local_size
 from recsys_edu.distributed.embedding_types import EmbeddingComputeKernel
 from recsys_edu.distributed.layout import Layout, RankKernel, ShardedTable
 from recsys_edu.distributed.sharding.tiling import Shard, shards_from, validate
@@ -36,9 +37,10 @@ _FUSED_KINDS = {"EXACT_SGD": "SGD", "EXACT_ADAGRAD": "ADAGRAD", "EXACT_ROWWISE_A
 def fused_params_spec(fused_params: Mapping[str, Any]) -> OptimizerSpec:
     """The update that a sharder's `fused_params` ask for; settings that are not the optimizer's are left alone.
 
-    >>> from recsys_edu.distributed.embedding_types import OptimType
-    >>> fused_params_spec({"optimizer": OptimType.SGD, "learning_rate": 0.1}).learning_rate
-    0.1
+        >>> from recsys_edu.distributed.comm import get_local_size
+    from recsys_edu.distributed.embedding_types import OptimType
+        >>> fused_params_spec({"optimizer": OptimType.SGD, "learning_rate": 0.1}).learning_rate
+        0.1
     """
     name = getattr(fused_params.get("optimizer"), "name", None) or "EXACT_SGD"  # an OptimType, or FBGEMM's enum
     settings = {key: value for key, value in fused_params.items() if key in OptimizerSpec.__dataclass_fields__}
@@ -101,6 +103,7 @@ def plan_tables(
     plan: Mapping[str, ParameterSharding],
     world_size: int,
     fused_params: Mapping[str, Any] | None = None,
+    local_size: int | None = None,
 ) -> Tables:
     """Put configs and plan together and check that every table is tiled exactly.
 
@@ -110,6 +113,7 @@ def plan_tables(
         plan: ParameterSharding per table.
         world_size: number of ranks.
         fused_params: the sharder's defaults for tables without an attached optimizer.
+        local_size: ranks per host; default: from the environment.
 
     Raises:
         ValueError: a table without a plan or a plan without a table; a tiling with gaps, overlaps or absent ranks.
@@ -143,7 +147,8 @@ def plan_tables(
             )
         )
     pooled = all(hasattr(config, "pooling") for config in configs)
-    return Tables(Layout(tuple(tables), world_size, pooled), tuple(replicated), {c.name: c for c in configs})
+    layout = Layout(tuple(tables), world_size, pooled, local_size or get_local_size(world_size))
+    return Tables(layout, tuple(replicated), {c.name: c for c in configs})
 
 
 def fill_shard(weight: Tensor, shard: Shard, config: BaseEmbeddingConfig, source: Tensor | None) -> None:
