@@ -116,10 +116,10 @@ class LowRankMixtureCrossNet(nn.Module):
         layers = range(num_layers)
         self.U_kernels = nn.ParameterList(_xavier(num_experts, in_features, low_rank) for _ in layers)
         self.V_kernels = nn.ParameterList(_xavier(num_experts, low_rank, in_features) for _ in layers)
-        self.C_kernels = nn.ParameterList(_xavier(num_experts, low_rank, low_rank) for _ in layers)
         self.bias = nn.ParameterList(nn.Parameter(torch.zeros(in_features, 1)) for _ in layers)
         gates = num_experts if num_experts > 1 else 0
         self.gates = nn.ModuleList(nn.Linear(in_features, 1, bias=False) for _ in range(gates))
+        self.C_kernels = nn.ParameterList(_xavier(num_experts, low_rank, low_rank) for _ in layers)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = input
