@@ -1,10 +1,12 @@
-"""What every benchmark shares: the machine, fair timing, a table, a JSON file.
+"""What every benchmark shares: the machine, fair timing, a table, gates, a JSON file.
 
-Contestants are timed in turn, round after round, so that a noisy neighbour or a warming CPU hits all of them alike.
+Contestants are timed in turn, round after round, in changing order, so that a noisy neighbour or a warming CPU hits
+all of them alike. A ratio is the median over rounds of the ratio within a round.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -14,15 +16,51 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+OURS, THEIRS = "recsys_edu", "torchrec"
+
+Samples = Mapping[str, Sequence[float]]
+"""Contestant to milliseconds per call, one entry per round; entry i of every contestant is from the same round."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One promise about speed: what was measured, the bound, and on which side of it the number has to be."""
+
+    promise: str
+    measured: float
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def met(self) -> bool:
+        low = self.at_least is None or self.measured >= self.at_least
+        return low and (self.at_most is None or self.measured <= self.at_most)
+
+
+def parse_arguments(
+    description: str, argv: Sequence[str] | None = None, rounds: int = 20, threads: int = 2
+) -> argparse.Namespace:
+    """What every benchmark can be told: rounds, threads, where the result goes, and tiny sizes for a smoke test."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=rounds, help="how often each contestant is timed")
+    parser.add_argument("--threads", type=int, default=threads, help="torch threads of a process")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON result")
+    parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    return arguments
 
 
 def machine_info() -> dict[str, object]:
-    """Processor, threads, versions and the command: what a number means nothing without."""
+    """Processor, memory, threads, versions, date, command: what a number means nothing without."""
     versions = {}
     for name in ("torch", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchrec"):
         try:
@@ -32,19 +70,21 @@ def machine_info() -> dict[str, object]:
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "memory_GiB": _memory_gib(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
-        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": _command(),
     }
 
 
-def time_ms(
+def time_samples(
     contestants: Mapping[str, Callable[[], object]], rounds: int = 20, budget_ms: float = 20.0
-) -> dict[str, float]:
-    """Median milliseconds per call of each contestant, over `rounds` interleaved rounds.
+) -> dict[str, list[float]]:
+    """Milliseconds per call of each contestant in each of `rounds` interleaved rounds.
 
     A round calls a contestant as often as fits into `budget_ms` (at least once), so short calls are averaged.
     """
@@ -53,10 +93,33 @@ def time_ms(
         call()  # caches, allocator, lazy imports
         repeats[name] = max(1, int(budget_ms / max(_elapsed_ms(call, 1), 1e-3)))
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, call in contestants.items():
-            times[name].append(_elapsed_ms(call, repeats[name]) / repeats[name])
-    return {name: statistics.median(samples) for name, samples in times.items()}
+    order = list(contestants)
+    for turn in range(rounds):
+        start = turn % len(order)  # nobody always runs on what the same neighbour left in the caches
+        for name in order[start:] + order[:start]:
+            times[name].append(_elapsed_ms(contestants[name], repeats[name]) / repeats[name])
+    return times
+
+
+def medians(samples: Samples) -> dict[str, float]:
+    """Median milliseconds per contestant."""
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def ratio(samples: Samples, numerator: str, denominator: str) -> float:
+    """Median over rounds of one contestant's time over another's in the same round.
+
+    >>> ratio({"slow": [4.0, 9.0, 4.0], "fast": [2.0, 3.0, 2.0]}, "slow", "fast")
+    2.0
+    """
+    return statistics.median(a / b for a, b in zip(samples[numerator], samples[denominator], strict=True))
+
+
+def time_ms(
+    contestants: Mapping[str, Callable[[], object]], rounds: int = 20, budget_ms: float = 20.0
+) -> dict[str, float]:
+    """Median milliseconds per call of each contestant, over `rounds` interleaved rounds."""
+    return medians(time_samples(contestants, rounds, budget_ms))
 
 
 def print_table(rows: Sequence[Mapping[str, object]]) -> None:
@@ -71,14 +134,29 @@ def print_table(rows: Sequence[Mapping[str, object]]) -> None:
         print("  ".join([first, *rest]))
 
 
-def write_result(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
-    """Write `results/<name>.json`: machine, versions, command and the rows; whole or not at all."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_result(
+    name: str, rows: Sequence[Mapping[str, object]], gates: Sequence[Gate] = (), folder: Path = RESULTS
+) -> Path:
+    """Write `<folder>/<name>.json`: machine, versions, command, the rows and the gates; whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps({"machine": machine_info(), "rows": list(rows)}, indent=1) + "\n")
+    result: dict[str, object] = {"machine": machine_info(), "rows": list(rows)}
+    if gates:
+        result["gates"] = [asdict(gate) | {"met": gate.met} for gate in gates]
+    aside.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(aside, path)
     return path
+
+
+def report(name: str, rows: Sequence[Mapping[str, object]], gates: Sequence[Gate], folder: Path) -> None:
+    """Print the table and the gates, write the JSON."""
+    print_table(rows)
+    for gate in gates:
+        bound = f">= {gate.at_least:g}" if gate.at_least is not None else f"<= {gate.at_most:g}"
+        print(f"{'met   ' if gate.met else 'MISSED'}  {gate.promise}: {gate.measured:.3g} ({bound})")
+    path = write_result(name, rows, gates, folder)
+    print(f"written to {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}\n")
 
 
 def _elapsed_ms(call: Callable[[], object], repeats: int) -> float:
@@ -92,6 +170,21 @@ def _elapsed_ms(call: Callable[[], object], repeats: int) -> float:
 
 def _shown(cell: object) -> str:
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def _command() -> str:
+    """As a reader would type it at the root of the checkout."""
+    program, *arguments = sys.argv
+    path = Path(program).resolve()
+    shown = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    return shlex.join(["python", shown, *arguments])
+
+
+def _memory_gib() -> int | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
 
 
 def _processor() -> str:
