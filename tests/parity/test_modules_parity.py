@@ -266,3 +266,19 @@ def test_clipping(kind: str) -> None:
 
     ours = moved(GradientClippingOptimizer, KeyedOptimizerWrapper, GradientClipping)
     torch.testing.assert_close(ours, moved(TheirClippingOptimizer, TheirWrapper, TheirClipping))
+
+
+def test_deepfm() -> None:
+    from torchrec.models.deepfm import SimpleDeepFMNN as TheirDeepFM
+
+    from recsys_edu.models.deepfm import SimpleDeepFMNN
+
+    theirs = TheirDeepFM(5, torchrec.EmbeddingBagCollection(tables(torchrec, shared=False)), 6, 7)
+    ours = SimpleDeepFMNN(5, recsys_edu.EmbeddingBagCollection(tables(recsys_edu, shared=False)), 6, 7)
+    with_their_weights(ours, theirs)
+    own_kjt, their_kjt = both_kjts()
+    dense = torch.randn(6, 5)
+    out, expected = ours(dense, own_kjt), theirs(dense, their_kjt)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward(), expected.sum().backward()
+    assert_same_parameters(ours, theirs, gradients=True)
