@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -163,16 +163,24 @@ def _nothing() -> None:
     return None
 
 
+def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every rank's small Python value, in rank order; without a group just this one."""
+    if group is None or dist.get_world_size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def check_same_on_every_rank(exchange: Exchange, facts: object, what: str) -> None:
     """Refuse to start where ranks disagree: `facts` (anything with a stable repr) has to be equal on all of them.
 
     Raises:
         ValueError: on every rank alike, naming the ranks that differ from rank 0.
     """
-    if not isinstance(exchange, GroupExchange) or exchange.world_size == 1:
+    if not isinstance(exchange, GroupExchange):
         return
-    digests: list[str] = [""] * exchange.world_size
-    dist.all_gather_object(digests, hashlib.sha256(repr(facts).encode()).hexdigest(), group=exchange.group)
+    digests = gather_objects(hashlib.sha256(repr(facts).encode()).hexdigest(), exchange.group)
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise ValueError(

@@ -121,12 +121,15 @@ class Layout:
     @cached_property
     def lanes(self) -> tuple[Lane, ...]:
         """Rank-major; inside a rank kernel by kernel, then those without a host first, then in config order."""
-        lanes = []
+        outputs_of: dict[str, list[Output]] = {table.name: [] for table in self.tables}
         for output in self.outputs:
-            hosts = self._hosts_of_columns(output.table)
-            for shard in output.table.shards:
-                row_block = output.table.row_cuts.index(shard.rows.start)
-                lanes.append(Lane(output, shard, row_block, hosts[shard.columns]))
+            outputs_of[output.table.name].append(output)
+        lanes = []
+        for table in self.tables:
+            hosts = self._hosts_of_columns(table)
+            for shard in table.shards:  # lanes that read one shard stay side by side: FBGEMM's fused update needs that
+                row_block = table.row_cuts.index(shard.rows.start)
+                lanes += [Lane(output, shard, row_block, hosts[shard.columns]) for output in outputs_of[table.name]]
         kernels = list(dict.fromkeys(self._kernel_key(lane) for lane in lanes))
         return tuple(
             sorted(lanes, key=lambda lane: (lane.rank, kernels.index(self._kernel_key(lane)), lane.host is not None))

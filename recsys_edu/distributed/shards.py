@@ -319,7 +319,10 @@ def _tiled_state(module: TableShards) -> dict[str, Tensor]:
             elif per_row:
                 values, offsets = values.unsqueeze(1), (offsets[0], starts.index(offsets[1]))
             tiles.append(Tile(offsets, values))
-        state[name] = TiledTensor(size, tiles)
-    if optimizer.counts_steps and module.local:
-        state["iter"] = module.local[0].state["iter"]  # a plain number, the same on all ranks
+        cuts = (*starts, table.num_columns) if per_row and len(starts) > 1 else ()
+        state[name] = TiledTensor(size, tiles, column_cuts=cuts)
+    if optimizer.counts_steps:
+        # One number, the same wherever the table has a shard; a rank without one must not offer a number of its own.
+        steps = [Tile((0,), piece.state["iter"]) for piece in module.local[:1]]
+        state["iter"] = TiledTensor((1,), steps, torch.int64)
     return state

@@ -42,12 +42,15 @@ class TiledTensor(Tensor):
         size: of the whole.
         tiles: this rank's; may be empty.
         dtype, device: needed where there are no tiles.
+        column_cuts: for state that has one number per row and column block, where the blocks begin (with the end);
+            empty for everything else and where rows are whole.
 
     Raises:
         NotImplementedError: on any operation other than reading its size or making a detached copy.
     """
 
     tiles: list[Tile]
+    column_cuts: tuple[int, ...]
 
     @staticmethod
     def __new__(
@@ -56,11 +59,13 @@ class TiledTensor(Tensor):
         tiles: Sequence[Tile],
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        column_cuts: tuple[int, ...] = (),
     ) -> TiledTensor:
         if tiles:
             dtype, device = tiles[0].tensor.dtype, tiles[0].tensor.device
         whole = torch.Tensor._make_wrapper_subclass(cls, tuple(size), dtype=dtype, device=device or "cpu")
         whole.tiles = list(tiles)
+        whole.column_cuts = column_cuts
         return whole
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -82,7 +87,7 @@ class TiledTensor(Tensor):
         if function in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
             source = args[0]
             tiles = [Tile(tile.offsets, function(tile.tensor)) for tile in source.tiles]
-            return TiledTensor(source.shape, tiles, source.dtype, source.device)
+            return TiledTensor(source.shape, tiles, source.dtype, source.device, source.column_cuts)
         raise NotImplementedError(
             f"{function} on a TiledTensor: no rank holds all of it. Use .tiles (its rectangles here), or save it with "
             "recsys_edu.distributed.checkpoint and load it into an unsharded model"
