@@ -302,6 +302,12 @@ def test_torch_export_computes_the_same_for_other_ids() -> None:
     torch.testing.assert_close(out.values(), ebc(same_sizes).values())
 
 
+def test_torch_compile_computes_the_same() -> None:
+    ebc = EmbeddingBagCollection(bag_configs())
+    compiled = torch.compile(ebc, backend="eager")  # what the tracer sees; code generation is torch's own matter
+    torch.testing.assert_close(compiled(make_kjt(BAGS)).values(), ebc(make_kjt(BAGS)).values())
+
+
 @pytest.mark.parametrize("need_indices", [False, True])
 def test_sequence_equals_plain_indexing(need_indices: bool) -> None:
     ec = EmbeddingCollection(sequence_configs(), need_indices=need_indices)

@@ -135,7 +135,8 @@ def test_signature_equals_torchrecs(path: str, name: str) -> None:
             wrong[method] = [f"is {type(own_attribute).__name__}, expected {type(attribute).__name__}"]
         elif inspect.isfunction(unwrap(own_attribute)):
             wrong[method] = differences(unwrap(own_attribute), unwrap(attribute))
-    assert {method: faults for method, faults in wrong.items() if faults} == {}
+    faults = [f"{method}: {fault}" for method, found in wrong.items() for fault in found]
+    assert not faults, f"{path}.{name} differs from TorchRec's: " + "; ".join(faults)
 
 
 def test_there_is_something_to_compare() -> None:
