@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from recsys_edu.notebook.record import record
+from recsys_edu.notebook.record import record_bundle
 from recsys_edu.notebook.style import card, inline_code, preformatted, show
 
 HINTS_SHOWN = "_recsys_edu_hints_shown"
@@ -76,8 +76,8 @@ def exercise(number: str) -> None:
     show({"text/html": card(f"Exercise {number}: {inline_code(found.title)}", body), "text/plain": plain})
 
 
-def check(number: str, answer: Callable[..., Any] | Any) -> bool:
-    """Compare an answer with the reference; True when it passes, False when it is still the empty stub.
+def check(number: str, answer: Callable[..., Any] | Any) -> None:
+    """Compare an answer with the reference and show the outcome; the empty stub is "not attempted yet".
 
     The outcome is recorded as "exercise <number>" (1 passed, 0 not attempted), which is how CI knows that
     every solution passes.
@@ -87,18 +87,18 @@ def check(number: str, answer: Callable[..., Any] | Any) -> bool:
     """
     found = find_exercise(number)
     if answer is None or answer is ...:
-        return _not_attempted(number)
+        _show_outcome(number, passed=False)
+        return
     try:
         found.check(answer)
     except NotImplementedError:
-        return _not_attempted(number)
+        _show_outcome(number, passed=False)
+        return
     except CheckFailed as failure:
         body = preformatted(str(failure)) + f"<div>One step further: <code>hint({number!r})</code></div>"
         show({"text/html": card(f"Exercise {number}: not yet", body, "bad"), "text/plain": str(failure)})
         raise
-    show({"text/html": card(f"Exercise {number}: correct", "", "good"), "text/plain": f"Exercise {number}: correct"})
-    record(f"exercise {number}", 1)
-    return True
+    _show_outcome(number, passed=True)
 
 
 def hint(number: str, upto: int | None = None) -> None:
@@ -134,11 +134,10 @@ def _shown_in_this_kernel() -> dict[str, int]:
     return {} if shell is None else shell.user_ns.setdefault(HINTS_SHOWN, {})
 
 
-def _not_attempted(number: str) -> bool:
-    text = f"Exercise {number}: not attempted yet"
-    show({"text/html": card(text, "", "idle"), "text/plain": text})
-    record(f"exercise {number}", 0)
-    return False
+def _show_outcome(number: str, passed: bool) -> None:
+    text = f"Exercise {number}: {'correct' if passed else 'not attempted yet'}"
+    html = card(text, "", "good" if passed else "idle")
+    show(record_bundle(f"exercise {number}", int(passed)) | {"text/html": html, "text/plain": text})
 
 
 def _dots(count: int) -> str:

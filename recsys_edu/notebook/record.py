@@ -28,18 +28,21 @@ def record(name: str, value: Any, unit: str = "") -> None:
         ValueError: an empty name, or a value that is NaN or infinite (a run that diverged has no result).
         TypeError: a value of any other type.
     """
+    show(record_bundle(name, value, unit))
+
+
+def record_bundle(name: str, value: Any, unit: str = "") -> dict[str, Any]:
+    """The MIME bundle that `record` displays: for the reader as text, for programs as data."""
     if not name:
         raise ValueError("record() needs a name, such as 'auc'")
     plain = _plain(name, value)
     text = f"{plain:.6g}" if isinstance(plain, float) else str(plain)
     label = f"{name} = {text}{' ' + unit if unit else ''}"
-    show(
-        {
-            RECORD_MIME: {"name": name, "value": plain, "unit": unit},
-            "text/html": f'<span style="border-bottom:2px solid {ACCENTS["good"]}">{html.escape(label)}</span>',
-            "text/plain": label,
-        }
-    )
+    return {
+        RECORD_MIME: {"name": name, "value": plain, "unit": unit},
+        "text/html": f'<span style="border-bottom:2px solid {ACCENTS["good"]}">{html.escape(label)}</span>',
+        "text/plain": label,
+    }
 
 
 def read_records(notebook: Any) -> dict[str, Any]:

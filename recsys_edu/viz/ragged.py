@@ -44,9 +44,12 @@ def padded_and_jagged(bags: Sequence[Sequence[object]]) -> Figure:
         figure,
         f"{num_values} values need {slots} slots when padded<br>grey slots hold nothing; "
         f"{slots - num_values} of {slots} are wasted",
-        height=120 + 46 * (len(bags) + 3),
+        height=160 + 46 * (len(bags) + 3),
         legend=False,
     )
+    figure.update_layout(margin_t=110)
+    for heading in figure.layout.annotations[:2]:
+        heading.update(x=0, xanchor="left", font={"size": 13, "color": MUTED})
     figure.update_xaxes(visible=False, row=1, col=1)
     figure.update_xaxes(tickvals=offsets - 0.5, ticktext=[str(o) for o in offsets], title_text="offset", row=2, col=1)
     samples = {"tickvals": list(range(len(bags))), "ticktext": [f"row {row}" for row in range(len(bags))]}
@@ -63,13 +66,14 @@ def padding_cost(lengths: Sequence[int], title: str = "What padding this batch c
 
     ordered = np.sort(np.asarray(lengths))[::-1]
     longest, num_values = int(ordered.max(initial=0)), int(ordered.sum())
-    drawn = ordered[np.linspace(0, len(ordered) - 1, min(max_bars, len(ordered))).astype(int)]
+    rows = np.linspace(0, len(ordered) - 1, min(max_bars, len(ordered))).astype(int)
+    drawn = ordered[rows]
     padded_kib = longest * len(ordered) * BYTES_PER_ID / 1024
     jagged_kib = (num_values + len(ordered) + 1) * BYTES_PER_ID / 1024
     waste = 1 - num_values / max(1, longest * len(ordered))
     figure = go.Figure()
-    figure.add_bar(y=drawn, name="ids", marker_color=BLUE)
-    figure.add_bar(y=longest - drawn, name="padding", marker_color=FAINT, marker_line_width=0)
+    figure.add_bar(x=rows, y=drawn, name="ids", marker_color=BLUE)
+    figure.add_bar(x=rows, y=longest - drawn, name="padding", marker_color=FAINT, marker_line_width=0)
     figure.update_layout(barmode="stack", bargap=0)
     subtitle = f"padded {padded_kib:,.0f} KiB, jagged {jagged_kib:,.0f} KiB; {waste:.0%} of the matrix is padding"
     return styled(figure, f"{title}<br>{subtitle}", "row of the batch, longest first", "slots in the row", height=380)

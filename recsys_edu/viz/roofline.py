@@ -146,6 +146,33 @@ def roofline(points: Mapping[str, tuple[float, float]], copy_gb_s: float, peak_g
     return figure
 
 
+def lines_over_batch(batch_sizes: Sequence[int], microseconds: Mapping[str, Sequence[float]]) -> Figure:
+    """Time per call over the batch size, one line per way of doing it; both axes logarithmic."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for index, (name, times) in enumerate(microseconds.items()):
+        marker = {"symbol": MARKERS[index], "size": 9}
+        figure.add_scatter(
+            x=list(batch_sizes),
+            y=list(times),
+            mode="lines+markers",
+            name=name,
+            line_color=OKABE_ITO[index],
+            marker=marker,
+        )
+    styled(
+        figure,
+        "Small batches pay for calls, large ones for bytes<br>one lookup over all tables; less is better",
+        "batch size",
+        "microseconds",
+        height=400,
+    )
+    figure.update_xaxes(type="log", tickvals=list(batch_sizes))
+    figure.update_yaxes(type="log")
+    return figure
+
+
 def bars(values: Mapping[str, float], title: str, unit: str, digits: int = 1, log: bool = False) -> Figure:
     """One horizontal bar per name, with its value written on it."""
     import plotly.graph_objects as go

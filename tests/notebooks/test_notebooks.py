@@ -1,0 +1,155 @@
+"""Every notebook and every solution runs in the ci profile, learns what it claims, and is committed clean.
+
+Ranges are wide enough for another machine and another seed, and narrow enough that a model that learns
+nothing falls outside.
+"""
+
+import statistics
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from recsys_edu.datasets.download import DataUnavailableError, fetch_movielens_100k
+from recsys_edu.notebook.exercise import find_exercise
+from recsys_edu.notebook.runner import find_notebooks, run_notebooks
+
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+NOTEBOOKS = find_notebooks(folder=FOLDER)
+SOLUTIONS = find_notebooks(["solutions"], folder=FOLDER)
+EVERY = [*NOTEBOOKS, *SOLUTIONS]
+
+# notebook: recorded number: (lowest, highest)
+EXPECTED = {
+    "00_start_here": {
+        "auc": (0.785, 0.82),
+        "auc of biases": (0.765, 0.795),
+        "probability of the first recommendation": (0.7, 1.0),
+    },
+    "01_jagged_tensors": {
+        "padding waste, MovieLens": (0.84, 0.87),
+        "jagged speed-up over padded": (1.5, 5000.0),
+    },
+    "02_embedding_bags_and_kernels": {
+        "streaming bandwidth": (0.5, 1000.0),
+        "gather bandwidth, 256-byte rows": (0.2, 1000.0),
+        "one call over 26 calls, batch of 64": (0.5, 1000.0),
+        "one call over 26 calls, batch of 2,048": (0.3, 1000.0),
+        "lookup, share of gather bandwidth": (0.02, 10.0),
+        "fused against autograd, largest difference": (0.0, 1e-5),
+        "fused step over dense gradient": (1.2, 10_000.0),
+        "fused step over sparse gradient": (0.2, 1000.0),
+    },
+    "03_dlrm": {
+        "share of weights in tables": (0.99, 1.0),
+        "synthetic Criteo: AUC": (0.72, 0.79),
+        "synthetic Criteo: best possible AUC": (0.77, 0.81),
+        "synthetic Criteo: normalised entropy": (0.8, 0.92),
+        "synthetic Criteo: calibration": (0.85, 1.15),
+        "MovieLens: AUC": (0.785, 0.82),
+        "MovieLens: AUC of biases": (0.765, 0.795),
+        "MovieLens: normalised entropy": (0.7, 0.85),
+        "MovieLens: calibration": (0.93, 1.07),
+    },
+}
+
+
+def name_of(path):
+    return f"solutions/{path.stem}" if path in SOLUTIONS else path.stem
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """All notebooks, executed once through the runner, by path."""
+    try:
+        fetch_movielens_100k()
+    except DataUnavailableError as error:
+        pytest.skip(f"the notebooks read MovieLens-100K: {error}")
+    out = tmp_path_factory.mktemp("notebooks")
+    return dict(zip(EVERY, run_notebooks(EVERY, {"profile": "ci"}, out, timeout_s=240)))
+
+
+@pytest.mark.notebook
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("path", EVERY, ids=name_of)
+def test_runs_to_its_end(path, runs):
+    assert runs[path].error is None, runs[path].error
+
+
+@pytest.mark.notebook
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_recorded_numbers_are_in_range(path, runs):
+    records = runs[path].records
+    assert EXPECTED[path.stem].keys() <= records.keys()
+    outside = {
+        name: (records[name], low, high)
+        for name, (low, high) in EXPECTED[path.stem].items()
+        if not low <= records[name] <= high
+    }
+    assert not outside, f"(got, lowest, highest): {outside}"
+
+
+@pytest.mark.notebook
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("path", SOLUTIONS, ids=name_of)
+def test_every_solution_passes_its_check(path, runs):
+    chapter = path.stem.split("_")[0]
+    exercises = {number for number in numbers_in(FOLDER / path.name) if number.startswith(chapter)}
+    assert {f"exercise {number}": 1 for number in exercises}.items() <= runs[path].records.items()
+
+
+@pytest.mark.notebook
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_stubs_are_reported_as_not_attempted(path, runs):
+    assert all(runs[path].records[f"exercise {number}"] == 0 for number in numbers_in(path))
+
+
+def numbers_in(path):
+    """The exercises that a notebook checks."""
+    cells = nbformat.read(path, as_version=4).cells
+    return {line.split('"')[1] for cell in cells for line in cell.source.splitlines() if line.startswith("check(")}
+
+
+@pytest.mark.parametrize("path", EVERY, ids=name_of)
+def test_committed_without_outputs_and_with_clean_metadata(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert notebook.metadata.kernelspec.name == "python3" and set(notebook.metadata.language_info) == {"name"}
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+    for cell in notebook.cells:
+        assert cell.get("outputs", []) == [] and cell.get("execution_count") is None
+        assert set(cell.metadata) <= {"tags"}, cell.source
+    assert "/work/" not in path.read_text() and "/tmp/" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_has_what_every_notebook_has(path):
+    notebook = nbformat.read(path, as_version=4)
+    tagged = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    assert len(tagged) == 1 and 'profile = "course"' in tagged[0]
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for heading in ("The promise", "You need", "Time", "You will be able to", "## Summary", "In TorchRec this is"):
+        assert heading in text, f"no {heading!r}"
+    assert "## Read next" in text and path.stem.split("_")[0] in notebook.cells[0].source.splitlines()[0]
+    assert path.stem in EXPECTED
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_code_cells_are_short(path):
+    sizes = [
+        len([line for line in cell.source.splitlines() if line.strip()])
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "code"
+    ]
+    assert statistics.median(sizes) <= 3
+    assert sum(size < 8 for size in sizes) >= 0.85 * len(sizes) and max(sizes) <= 16
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_exercises_have_hints_and_a_solution(path):
+    for number in numbers_in(path):
+        assert len(find_exercise(number).hints) >= 2
+        assert number in numbers_in(FOLDER / "solutions" / path.name)
