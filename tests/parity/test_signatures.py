@@ -64,8 +64,8 @@ def same_default(ours, theirs) -> bool:
         return True
     if isinstance(ours, enum.Enum) and isinstance(theirs, enum.Enum):
         return (type(ours).__name__, ours.name) == (type(theirs).__name__, theirs.name)
-    if type(theirs).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
-        return type(ours).__name__ == "_HAS_DEFAULT_FACTORY_CLASS"
+    if type(ours).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
+        return True  # made per object: a list there, or an instance that TorchRec shares
     if callable(ours) and callable(theirs):
         return getattr(ours, "__name__", None) == getattr(theirs, "__name__", None)
     if dataclasses.is_dataclass(theirs) or type(theirs).__module__.startswith("torchrec"):
