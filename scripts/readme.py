@@ -49,6 +49,7 @@ READING_ORDER = {
         "recsys_edu/distributed/pooled_assembly.py",
         "recsys_edu/distributed/embeddingbag.py",
         "recsys_edu/distributed/model_parallel.py",
+        "recsys_edu/distributed/checkpoint.py",
         "recsys_edu/distributed/simulation.py",
     ],
     "Around it": [
