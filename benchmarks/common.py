@@ -82,12 +82,17 @@ def machine_info() -> dict[str, object]:
 
 
 def time_samples(
-    contestants: Mapping[str, Callable[[], object]], rounds: int = 20, budget_ms: float = 20.0
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int = 20,
+    budget_ms: float = 20.0,
+    limit_s: float = 30.0,
 ) -> dict[str, list[float]]:
     """Milliseconds per call of each contestant in each of `rounds` interleaved rounds.
 
-    A round calls a contestant as often as fits into `budget_ms` (at least once), so short calls are averaged.
+    A round calls a contestant as often as fits into `budget_ms` (at least once), so short calls are averaged. After
+    `limit_s` seconds no further round begins, so a slow or busy machine gets fewer rounds, at least three.
     """
+    deadline = time.monotonic() + limit_s
     repeats = {}
     for name, call in contestants.items():
         call()  # caches, allocator, lazy imports
@@ -95,6 +100,8 @@ def time_samples(
     times: dict[str, list[float]] = {name: [] for name in contestants}
     order = list(contestants)
     for turn in range(rounds):
+        if turn >= 3 and time.monotonic() > deadline:
+            break
         start = turn % len(order)  # nobody always runs on what the same neighbour left in the caches
         for name in order[start:] + order[:start]:
             times[name].append(_elapsed_ms(contestants[name], repeats[name]) / repeats[name])
@@ -104,6 +111,11 @@ def time_samples(
 def medians(samples: Samples) -> dict[str, float]:
     """Median milliseconds per contestant."""
     return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def best(samples: Samples) -> dict[str, float]:
+    """Fastest milliseconds per contestant: what is left when the neighbours' noise is gone."""
+    return {name: min(times) for name, times in samples.items()}
 
 
 def ratio(samples: Samples, numerator: str, denominator: str) -> float:
