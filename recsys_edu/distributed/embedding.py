@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from recsys_edu.distributed.embedding_types import BaseEmbeddingSharder
-from recsys_edu.distributed.exchange import Exchange, GroupExchange, check_same_on_every_rank
-from recsys_edu.distributed.flight import Flight, LaneLookup
+from recsys_edu.distributed.exchange import Exchange, GroupExchange
+from recsys_edu.distributed.flight import Flight
 from recsys_edu.distributed.pending import PendingJaggedTensors
-from recsys_edu.distributed.replicas import Replicas
 from recsys_edu.distributed.sequence_assembly import SequenceAssembly, StartSequence, WaitSequence
-from recsys_edu.distributed.shards import fused_tables_optimizer, local_shards, plan_tables, table_modules
+from recsys_edu.distributed.shards import ShardedTables
+from recsys_edu.distributed.tables import table_source
 from recsys_edu.distributed.types import ParameterSharding, ShardedModule, ShardingEnv
 from recsys_edu.modules.embedding_configs import EmbeddingConfig
 from recsys_edu.modules.embedding_modules import EmbeddingCollection, get_embedding_names_by_table
@@ -47,24 +47,35 @@ class ShardedEmbeddingCollection(nn.Module):
         exchange: Exchange | None = None,
     ) -> None:
         super().__init__()
-        self._configs = module.embedding_configs()
-        self._need_indices = module.need_indices()
-        self._device = device or torch.device("cpu")
-        self._exchange = exchange or GroupExchange(env.process_group)
         weights = {name: table.weight for name, table in module.embeddings.items()}
-        self._tables = plan_tables(
-            self._configs, weights, table_name_to_parameter_sharding, env.world_size, fused_params
+        sources = {name: table_source(weight, fused_params, name) for name, weight in weights.items()}
+        exchange, device = exchange or GroupExchange(env.process_group), device or torch.device("cpu")
+        shards = ShardedTables(
+            module.embedding_configs(),
+            sources,
+            table_name_to_parameter_sharding,
+            exchange,
+            device,
+            prefix="embeddings",
+            name=module_fqn,
         )
-        check_same_on_every_rank(self._exchange, self._tables.layout, f"tables or plan of {module_fqn or 'the module'}")
-        self._lookup = LaneLookup(self._tables.layout, self._exchange, self._device)
-        self._kernel_lanes = [len(kernel.lanes) for kernel in self._lookup.rank_kernels]
-        self._replicas = Replicas(self._tables, self._device)
-        self._assembly = SequenceAssembly(self._tables.layout)
-        self._names = [name for names in get_embedding_names_by_table(self._configs) for name in names]
-        local = local_shards(self._lookup.rank_kernels, self._lookup.kernels)
-        self.embeddings = table_modules(self._tables, local, self._replicas.parameters(), weights)
-        self._fused_optimizer = fused_tables_optimizer(self.embeddings, "embeddings", self._lookup.kernels)
-        self._anchor = torch.zeros(0, requires_grad=True, device=self._device)
+        self._take(shards, module.need_indices())
+
+    def _take(self, shards: ShardedTables, need_indices: bool) -> None:
+        self._shards, self._lookup, self._exchange = shards, shards.lookup, shards.exchange
+        self._need_indices = need_indices
+        self._kernel_lanes = [len(kernel.lanes) for kernel in shards.lookup.rank_kernels]
+        self._assembly = SequenceAssembly(shards.layout)
+        self._names = [name for names in get_embedding_names_by_table(shards.configs) for name in names]
+        self._anchor = torch.zeros(0, requires_grad=True, device=shards.device)
+        self.embeddings = shards.modules
+
+    def with_plan(self, plan: Mapping[str, ParameterSharding]) -> ShardedEmbeddingCollection:
+        """The same collection under another plan, its shards not yet filled (`resharding.reshard_module` does that)."""
+        fresh = ShardedEmbeddingCollection.__new__(ShardedEmbeddingCollection)
+        nn.Module.__init__(fresh)
+        fresh._take(self._shards.with_plan(plan), self._need_indices)
+        return fresh
 
     def forward(self, features: KeyedJaggedTensor | Flight) -> Mapping[str, JaggedTensor]:
         """Name to JaggedTensor at once; it finishes the flight when one of them is first read."""
@@ -89,14 +100,14 @@ class ShardedEmbeddingCollection(nn.Module):
         flight.places = self._assembly.places(flight)
         returned = StartSequence.apply(self._anchor, flight, self._exchange, self._kernel_lanes, *flight.results)
         flight.returned = (returned,)
-        flight.local = self._replicas.lookup(flight.kjt)
+        flight.local = self._shards.replicas.lookup(flight.kjt)
 
     def finish(self, flight: Flight) -> dict[str, JaggedTensor]:
         """Phase 4: wait for the returned rows and hand them out by name."""
         rows = WaitSequence.apply(*flight.returned, flight.local, flight, self._exchange, self._assembly)
         kjt, answers, first = flight.kjt, {}, 0
         lengths_FB = kjt.lengths().view(len(kjt.keys()), -1)
-        for name, output in zip(self._names, self._tables.layout.outputs):
+        for name, output in zip(self._names, self._shards.layout.outputs):
             key = kjt.keys().index(output.feature)
             count, start = kjt.length_per_key()[key], kjt.offset_per_key()[key]
             ids = kjt.values()[start : start + count] if self._need_indices else None
@@ -107,11 +118,16 @@ class ShardedEmbeddingCollection(nn.Module):
     @property
     def fused_optimizer(self) -> KeyedOptimizer:
         """State and learning rate of the tables that train in backward; keys `embeddings.<table>.weight`."""
-        return self._fused_optimizer
+        return self._shards.fused_optimizer
+
+    @property
+    def shards(self) -> ShardedTables:
+        """What this rank holds: layout, kernels, parameters, optimizer, exchange."""
+        return self._shards
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """The configs of the unsharded collection."""
-        return self._configs
+        return self._shards.configs
 
 
 ShardedModule.register(ShardedEmbeddingCollection)

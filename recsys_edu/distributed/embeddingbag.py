@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from recsys_edu.distributed.embedding_types import BaseEmbeddingSharder
-from recsys_edu.distributed.exchange import Exchange, GroupExchange, check_same_on_every_rank
-from recsys_edu.distributed.flight import Flight, LaneLookup
+from recsys_edu.distributed.exchange import Exchange, GroupExchange
+from recsys_edu.distributed.flight import Flight
 from recsys_edu.distributed.host_sums import HostSums, SumBetweenHosts, SumInsideHost
 from recsys_edu.distributed.pending import PendingKeyedTensor
 from recsys_edu.distributed.pooled_assembly import PooledAssembly, StartPooled, WaitPooled
-from recsys_edu.distributed.replicas import Replicas
-from recsys_edu.distributed.shards import fused_tables_optimizer, local_shards, plan_tables, table_modules
+from recsys_edu.distributed.shards import ShardedTables
+from recsys_edu.distributed.tables import table_source
 from recsys_edu.distributed.types import ParameterSharding, ShardedModule, ShardingEnv
 from recsys_edu.modules.embedding_configs import EmbeddingBagConfig
 from recsys_edu.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
@@ -54,30 +54,44 @@ class ShardedEmbeddingBagCollection(nn.Module):
         device: torch.device | None = None,
         qcomm_codecs_registry: dict[str, Any] | None = None,
         module_fqn: str | None = None,
+        sharded_module_order_overwrite: list[str] | None = None,
         exchange: Exchange | None = None,
         local_size: int | None = None,
     ) -> None:
         super().__init__()
-        self._configs = module.embedding_bag_configs()
-        self._is_weighted = module.is_weighted()
-        self._device = device or torch.device("cpu")
-        self._exchange = exchange or GroupExchange(env.process_group)
         weights = {name: bag.weight for name, bag in module.embedding_bags.items()}
-        self._tables = plan_tables(
-            self._configs, weights, table_name_to_parameter_sharding, env.world_size, fused_params, local_size
+        sources = {name: table_source(weight, fused_params, name) for name, weight in weights.items()}
+        exchange, device = exchange or GroupExchange(env.process_group), device or torch.device("cpu")
+        self._take(
+            ShardedTables(
+                module.embedding_bag_configs(),
+                sources,
+                table_name_to_parameter_sharding,
+                exchange,
+                device,
+                prefix="embedding_bags",
+                weighted=module.is_weighted(),
+                local_size=local_size,
+                name=module_fqn,
+            )
         )
-        layout = self._tables.layout
-        check_same_on_every_rank(self._exchange, layout, f"tables or plan of {module_fqn or 'the module'}")
-        self._lookup = LaneLookup(layout, self._exchange, self._device, self._is_weighted)
-        self._replicas = Replicas(self._tables, self._device, self._is_weighted)
-        self._assembly = PooledAssembly(layout, self._tables.local_columns)
-        self._names = [name for names in get_embedding_names_by_table(self._configs) for name in names]
-        self._widths = [config.embedding_dim for config in self._configs for _ in config.feature_names]
-        local = local_shards(self._lookup.rank_kernels, self._lookup.kernels)
-        self.embedding_bags = table_modules(self._tables, local, self._replicas.parameters(), weights)
-        self._fused_optimizer = fused_tables_optimizer(self.embedding_bags, "embedding_bags", self._lookup.kernels)
-        self._hosts = HostSums(layout, self._exchange.rank) if any(layout.width_H) else None
-        self._anchor = torch.zeros(0, requires_grad=True, device=self._device)
+
+    def _take(self, shards: ShardedTables) -> None:
+        self._shards, self._lookup, self._exchange = shards, shards.lookup, shards.exchange
+        layout = shards.layout
+        self._assembly = PooledAssembly(layout, shards.tables.local_columns)
+        self._hosts = HostSums(layout, shards.exchange.rank) if any(layout.width_H) else None
+        self._names = [name for names in get_embedding_names_by_table(shards.configs) for name in names]
+        self._widths = [config.embedding_dim for config in shards.configs for _ in config.feature_names]
+        self._anchor = torch.zeros(0, requires_grad=True, device=shards.device)
+        self.embedding_bags = shards.modules
+
+    def with_plan(self, plan: Mapping[str, ParameterSharding]) -> ShardedEmbeddingBagCollection:
+        """The same collection under another plan, its shards not yet filled (`resharding.reshard_module` does that)."""
+        fresh = ShardedEmbeddingBagCollection.__new__(ShardedEmbeddingBagCollection)
+        nn.Module.__init__(fresh)
+        fresh._take(self._shards.with_plan(plan))
+        return fresh
 
     def forward(self, features: KeyedJaggedTensor | Flight) -> KeyedTensor:
         """A KeyedTensor at once; it finishes the flight when its values are first read."""
@@ -88,7 +102,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
             self.lookup(flight)
         if flight.phase < 4:
             self.sum_hosts(flight)
-        return PendingKeyedTensor(self._names, self._widths, self._device, lambda: self.finish(flight))
+        return PendingKeyedTensor(self._names, self._widths, self._shards.device, lambda: self.finish(flight))
 
     def start_input(self, features: KeyedJaggedTensor) -> Flight:
         """Phase 1: route the ids into lanes and tell every rank how many are coming."""
@@ -112,7 +126,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
         if self._hosts is not None:
             partial = _side_by_side(partial)
             flight.returned += (SumInsideHost.apply(partial, self._anchor, flight, self._exchange, self._hosts),)
-        flight.local = self._replicas.lookup(flight.kjt)
+        flight.local = self._shards.replicas.lookup(flight.kjt)
 
     def sum_hosts(self, flight: Flight) -> None:
         """Phase 4, where tables are split over the ranks of one of several hosts: sum there, then start to return."""
@@ -128,14 +142,19 @@ class ShardedEmbeddingBagCollection(nn.Module):
     @property
     def fused_optimizer(self) -> KeyedOptimizer:
         """State and learning rate of the tables that train in backward; keys `embedding_bags.<table>.weight`."""
-        return self._fused_optimizer
+        return self._shards.fused_optimizer
+
+    @property
+    def shards(self) -> ShardedTables:
+        """What this rank holds: layout, kernels, parameters, optimizer, exchange."""
+        return self._shards
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The configs of the unsharded collection."""
-        return self._configs
+        return self._shards.configs
 
     def is_weighted(self) -> bool:
-        return self._is_weighted
+        return self._lookup.weighted
 
 
 def _side_by_side(blocks: list[Tensor]) -> Tensor:

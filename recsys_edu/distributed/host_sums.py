@@ -81,7 +81,7 @@ class SumInsideHost(torch.autograd.Function):
     @staticmethod
     def backward(ctx, placeholder: Tensor):
         flight, hosts = ctx.flight, ctx.hosts
-        rows = flight.under_way["gradients of partial sums"].wait().view(-1, hosts.width)
+        rows = flight.under_way["gradients of partial sums"].wait().view(sum(flight.batch_sizes_W), hosts.width)
         order = [rank for place in range(hosts.local_size) for rank in hosts.ranks_at(place)]
         pieces = dict(zip(order, rows.split([flight.batch_sizes_W[rank] for rank in order])))
         return torch.cat([pieces[rank] for rank in range(hosts.world_size)]), None, None, None, None

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from recsys_edu.distributed.resharding import reshard_module
 from recsys_edu.distributed.shard import default_env, default_plan, shard_modules
 from recsys_edu.distributed.sharding_plan import get_default_sharders
 from recsys_edu.distributed.shards import TableShards
-from recsys_edu.distributed.types import ModuleSharder, ShardingEnv, ShardingPlan
+from recsys_edu.distributed.types import EmbeddingModuleShardingPlan, ModuleSharder, ShardingEnv, ShardingPlan
 from recsys_edu.distributed.utils import append_prefix, init_parameters
 from recsys_edu.optim.fused import FusedOptimizerModule
 from recsys_edu.optim.keyed import CombinedOptimizer, KeyedOptimizer
@@ -100,6 +101,8 @@ class DistributedModelParallel(nn.Module, FusedOptimizerModule):
         sharders: default: for both embedding collections.
         init_data_parallel: wrap the dense part now; otherwise call `init_data_parallel()` before training.
         init_parameters: give meta modules memory and first values.
+        data_parallel_wrapper: default: DDP.
+        model_tracker_configs: not supported; a value is refused.
 
     Raises:
         ValueError: a plan that does not fit the model, or differs between ranks.
@@ -117,8 +120,11 @@ class DistributedModelParallel(nn.Module, FusedOptimizerModule):
         init_data_parallel: bool = True,
         init_parameters: bool = True,
         data_parallel_wrapper: DataParallelWrapper | None = None,
+        model_tracker_configs: Any | None = None,
     ) -> None:
         super().__init__()
+        if model_tracker_configs is not None:
+            raise NotImplementedError("model_tracker_configs: tracking which rows changed is not part of recsys_edu")
         self._env = env or default_env()
         self._device = device or torch.device("cpu")
         sharders = sharders or get_default_sharders()
@@ -193,6 +199,35 @@ class DistributedModelParallel(nn.Module, FusedOptimizerModule):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
         yield from self.module.named_buffers(prefix, recurse, remove_duplicate)
+
+    def reshard(
+        self,
+        changed_shard_to_params: Mapping[str, tuple[float, EmbeddingModuleShardingPlan]],
+        sharded_module_fqn: str | None = None,
+    ) -> float:
+        """Give sharded modules other plans while training; weights and optimizer state move with one all-to-all each.
+
+        Args:
+            changed_shard_to_params: path to (expected cost, new plan); with `sharded_module_fqn` only that path.
+
+        Returns:
+            The sum of the costs given. Optimizers made from `fused_optimizer` before have to be made again.
+        """
+        total = 0.0
+        for path, (cost, plan) in changed_shard_to_params.items():
+            if sharded_module_fqn is None or path == sharded_module_fqn:
+                self._replace(path, reshard_module(self.module.get_submodule(path), plan))
+                self._plan.plan[path] = plan
+                total += cost
+        self._fused_optimizer = _combined_optimizer(self.module)
+        return total
+
+    def _replace(self, path: str, module: nn.Module) -> None:
+        if not path:
+            self._dmp_wrapped_module = module
+            return
+        parent, _, name = path.rpartition(".")
+        setattr(self.module.get_submodule(parent), name, module)
 
     def sparse_grad_parameter_names(self, destination: list[str] | None = None, prefix: str = "") -> list[str]:
         """Names of parameters with sparse gradients: none, tables train in backward or have dense ones."""

@@ -1,163 +1,104 @@
-"""Tables and their shards: from configs and a plan to a layout, from weights to shards, from shards to parameters.
+"""Shards: what one rank holds of a module's tables, from first values to parameters, state dict and optimizer.
 
-What pooled and sequence collections have in common besides the lookup itself. A table of a sharded module is one of
-two kinds: *sharded*, its rectangles spread over ranks and trained inside backward by its kernel, or *replicated*
-(data-parallel), a whole copy on every rank whose gradients DDP averages.
+configs + plan + weights  ->  ShardedTables  ->  kernels that own memory, and parameters that show it by name
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recsys_edu.distributed.comm import get_local_size
 from recsys_edu.distributed.embedding_types import EmbeddingComputeKernel
-from recsys_edu.distributed.layout import Layout, RankKernel, ShardedTable
-from recsys_edu.distributed.sharding.tiling import Shard, shards_from, validate
+from recsys_edu.distributed.exchange import Exchange, check_same_on_every_rank
+from recsys_edu.distributed.flight import LaneLookup
+from recsys_edu.distributed.layout import RankKernel, ShardedTable
+from recsys_edu.distributed.replicas import Replicas
+from recsys_edu.distributed.sharding.tiling import Shard
+from recsys_edu.distributed.tables import TableSource, plan_tables
 from recsys_edu.distributed.tiled_tensor import Tile, TiledTensor
 from recsys_edu.distributed.types import ParameterSharding
 from recsys_edu.kernels.optimizers import ROW_OPTIMIZERS
-from recsys_edu.kernels.spec import Kernel, KernelSpec, OptimizerSpec, TableSpec, weight_dtype
-from recsys_edu.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
+from recsys_edu.kernels.spec import Kernel, weight_dtype
+from recsys_edu.modules.embedding_configs import BaseEmbeddingConfig
 from recsys_edu.modules.fused_embedding_modules import FusedTablesOptimizer, LearningRate
 from recsys_edu.optim.fused import EmptyFusedOptimizer
-from recsys_edu.optim.fused_spec import optimizer_spec
 from recsys_edu.optim.keyed import KeyedOptimizer
 
-DEFAULT_OPTIMIZER = OptimizerSpec("SGD", learning_rate=0.01)
-"""What trains a fused table that was given no optimizer, as in TorchRec."""
 
-_FUSED_KINDS = {"EXACT_SGD": "SGD", "EXACT_ADAGRAD": "ADAGRAD", "EXACT_ROWWISE_ADAGRAD": "ROWWISE_ADAGRAD"}
-
-
-def fused_params_spec(fused_params: Mapping[str, Any]) -> OptimizerSpec:
-    """The update that a sharder's `fused_params` ask for; settings that are not the optimizer's are left alone.
-
-        >>> from recsys_edu.distributed.comm import get_local_size
-    from recsys_edu.distributed.embedding_types import OptimType
-        >>> fused_params_spec({"optimizer": OptimType.SGD, "learning_rate": 0.1}).learning_rate
-        0.1
-    """
-    name = getattr(fused_params.get("optimizer"), "name", None) or "EXACT_SGD"  # an OptimType, or FBGEMM's enum
-    settings = {key: value for key, value in fused_params.items() if key in OptimizerSpec.__dataclass_fields__}
-    return OptimizerSpec(_FUSED_KINDS.get(name, name), **settings)
-
-
-def table_optimizer(parameter: nn.Parameter, fused_params: Mapping[str, Any] | None, table: str) -> OptimizerSpec:
-    """The optimizer of one table: attached to its parameter, else the sharder's, else the default.
-
-    Raises:
-        ValueError: several optimizers are attached; a fused kernel applies one.
-    """
-    classes = getattr(parameter, "_optimizer_classes", [])
-    if len(classes) > 1:
-        names = ", ".join(cls.__name__ for cls in classes)
-        raise ValueError(f"table {table!r} has {len(classes)} optimizers in backward ({names}); a fused kernel has one")
-    if classes:
-        try:
-            return optimizer_spec(classes[0], parameter._optimizer_kwargs[0])
-        except ValueError as error:
-            raise ValueError(f"table {table!r}: {error}") from error
-    return fused_params_spec(fused_params) if fused_params else DEFAULT_OPTIMIZER
-
-
-@dataclass(frozen=True)
-class Tables:
-    """The tables of one sharded module: the layout of the sharded ones, and the replicated ones beside it."""
-
-    layout: Layout
-    replicated: tuple[str, ...]
-    configs: Mapping[str, BaseEmbeddingConfig]
-
-    @property
-    def local_columns(self) -> tuple[slice, ...]:
-        """Where the replicated tables' columns lie in the output."""
-        return tuple(
-            slice(output.column, output.column + output.table.num_columns)
-            for output in self.layout.outputs
-            if output.table.name in self.replicated
-        )
-
-    def replica_spec(self) -> KernelSpec:
-        """One dense kernel for all replicated tables, its lanes in config order."""
-        outputs = [output for output in self.layout.outputs if output.table.name in self.replicated]
-        names = list(self.replicated)
-        sizes = {table.name: table for table in self.layout.tables}
-        return KernelSpec(
-            tables=tuple(TableSpec(name, sizes[name].num_rows, sizes[name].num_columns) for name in names),
-            lane_tables=tuple(names.index(output.table.name) for output in outputs),
-            pooled=self.layout.pooled,
-            data_type=sizes[names[0]].data_type,
-            validate_ids=False,
-            lane_features=tuple(output.feature for output in outputs),
-        )
-
-
-def plan_tables(
-    configs: Sequence[BaseEmbeddingConfig],
-    parameters: Mapping[str, nn.Parameter],
-    plan: Mapping[str, ParameterSharding],
-    world_size: int,
-    fused_params: Mapping[str, Any] | None = None,
-    local_size: int | None = None,
-) -> Tables:
-    """Put configs and plan together and check that every table is tiled exactly.
+class ShardedTables:
+    """Everything that pooled and sequence collections own alike.
 
     Args:
         configs: tables in order.
-        parameters: weight per table; only the attached optimizer is read.
+        sources: first values and optimizer per table.
         plan: ParameterSharding per table.
-        world_size: number of ranks.
-        fused_params: the sharder's defaults for tables without an attached optimizer.
+        exchange: this rank's end of the exchange; its world is the plan's.
+        device: where shards and batches are.
+        prefix: name of the container of tables in the state dict (`embedding_bags`, `embeddings`).
+        weighted: features carry per-sample weights.
         local_size: ranks per host; default: from the environment.
-
-    Raises:
-        ValueError: a table without a plan or a plan without a table; a tiling with gaps, overlaps or absent ranks.
+        name: of the module, for errors.
     """
-    names = [config.name for config in configs]
-    unplanned, unknown = [n for n in names if n not in plan], [n for n in plan if n not in names]
-    if unplanned or unknown:
-        raise ValueError(
-            f"the plan and the module disagree: tables without a plan {unplanned}, plans without a table {unknown}"
+
+    def __init__(
+        self,
+        configs: Sequence[BaseEmbeddingConfig],
+        sources: Mapping[str, TableSource],
+        plan: Mapping[str, ParameterSharding],
+        exchange: Exchange,
+        device: torch.device,
+        prefix: str,
+        weighted: bool = False,
+        local_size: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.configs, self.sources, self.exchange, self.device = configs, sources, exchange, device
+        self._prefix, self._local_size, self._name = prefix, local_size, name
+        self.tables = plan_tables(configs, sources, plan, exchange.world_size, local_size)
+        self.layout = self.tables.layout
+        check_same_on_every_rank(exchange, self.layout, f"tables or plan of {name or 'the sharded module'}")
+        self.lookup = LaneLookup(self.layout, exchange, device, weighted)
+        self.replicas = Replicas(self.tables, device, weighted)
+        local = local_shards(self.lookup.rank_kernels, self.lookup.kernels)
+        self.modules = _table_modules(self, local)
+        # The unsharded weights are not needed any more; holding them would keep whole tables in memory.
+        self.sources = {key: TableSource(None, s.optimizer, s.marks) for key, s in sources.items()}
+        self.fused_optimizer = fused_tables_optimizer(self.modules, prefix, self.lookup.kernels)
+
+    def with_plan(self, plan: Mapping[str, ParameterSharding]) -> ShardedTables:
+        """The same tables cut otherwise, with memory that the caller has to fill.
+
+        Only the rectangles of the plan count: a table goes on to be trained as it was, fused or by gradients.
+        """
+        fused = {table.name: table.optimizer is not None for table in self.layout.tables}
+        kernels = {True: EmbeddingComputeKernel.FUSED.value, False: EmbeddingComputeKernel.DENSE.value}
+        plan = {name: replace(cut, compute_kernel=kernels[fused.get(name, True)]) for name, cut in plan.items()}
+        return ShardedTables(
+            self.configs,
+            self.sources,
+            plan,
+            self.exchange,
+            self.device,
+            self._prefix,
+            self.lookup.weighted,
+            self._local_size,
+            self._name,
         )
-    tables, replicated = [], []
-    for config in configs:
-        rows, columns = config.num_embeddings, config.embedding_dim
-        shards = shards_from(config.name, plan[config.name], rows, columns)
-        if shards:
-            validate(shards, rows, columns, world_size, config.name)
-        else:
-            replicated.append(config.name)
-        fused = shards and plan[config.name].compute_kernel != EmbeddingComputeKernel.DENSE.value
-        optimizer = table_optimizer(parameters[config.name], fused_params, config.name) if fused else None
-        tables.append(
-            ShardedTable(
-                name=config.name,
-                num_rows=rows,
-                num_columns=columns,
-                features=tuple(config.feature_names),
-                shards=tuple(shard for shard in shards if not shard.is_empty),
-                mean=getattr(config, "pooling", PoolingType.NONE) is PoolingType.MEAN,
-                data_type=config.data_type,
-                optimizer=optimizer,
-            )
-        )
-    pooled = all(hasattr(config, "pooling") for config in configs)
-    layout = Layout(tuple(tables), world_size, pooled, local_size or get_local_size(world_size))
-    return Tables(layout, tuple(replicated), {c.name: c for c in configs})
 
 
 def fill_shard(weight: Tensor, shard: Shard, config: BaseEmbeddingConfig, source: Tensor | None) -> None:
-    """Give one shard its first values: a rectangle of `source`, or, without one, the config's initialisation.
+    """Give one shard its first values: a rectangle of `source`, or, where that is on meta, the config's initialisation.
 
     The initialisation sees only the shard, never the whole table, so a table may be larger than any one memory.
     """
+    if source is None:
+        return
     with torch.no_grad():
-        if source is not None and source.device.type != "meta":
+        if source.device.type != "meta":
             rows, columns = shard.rows, shard.columns
             weight.copy_(source[rows.start : rows.stop, columns.start : columns.stop])
         elif config.init_fn is not None:
@@ -175,13 +116,13 @@ class TableShards(nn.Module):
     parameter. The state dict has one TiledTensor `weight` per table on every rank, of the table's whole size.
     """
 
-    def __init__(self, table: ShardedTable, local: Sequence[LocalShard], attributes_of: nn.Parameter) -> None:
+    def __init__(self, table: ShardedTable, local: Sequence[LocalShard], source: TableSource) -> None:
         super().__init__()
         self.table, self.local = table, tuple(local)
         for index, shard in enumerate(local):
             parameter = shard.weight if isinstance(shard.weight, nn.Parameter) else nn.Parameter(shard.weight)
             if table.optimizer is not None:
-                _mark_as_trained_in_backward(parameter, attributes_of)
+                _mark_as_trained_in_backward(parameter, source)
             self.register_parameter(f"weight_{index}" if index else "weight", parameter)
 
     def tiled(self) -> TiledTensor:
@@ -233,10 +174,9 @@ def copy_tiles(target: TiledTensor, source: Tensor, name: str) -> None:
         tile.tensor.copy_(source[window])
 
 
-def _mark_as_trained_in_backward(parameter: nn.Parameter, attributes_of: nn.Parameter) -> None:
+def _mark_as_trained_in_backward(parameter: nn.Parameter, source: TableSource) -> None:
     """Let `in_backward_optimizer_filter` see that no other optimizer needs to step this parameter."""
-    parameter._optimizer_classes = list(getattr(attributes_of, "_optimizer_classes", []))
-    parameter._optimizer_kwargs = list(getattr(attributes_of, "_optimizer_kwargs", []))
+    parameter._optimizer_classes, parameter._optimizer_kwargs = map(list, source.marks)
     parameter._in_backward_optimizers = []
 
 
@@ -260,24 +200,20 @@ def local_shards(rank_kernels: Iterable[RankKernel], kernels: Iterable[Kernel]) 
     return found
 
 
-def table_modules(
-    tables: Tables,
-    local: Mapping[str, list[LocalShard]],
-    replicas: Mapping[str, nn.Parameter],
-    sources: Mapping[str, nn.Parameter],
-) -> nn.ModuleDict:
-    """One module with a `weight` per table in config order, filled from `sources`, or freshly where those are meta."""
-    modules = nn.ModuleDict()
-    for table in tables.layout.tables:
-        config, source = tables.configs[table.name], sources[table.name]
+def _table_modules(owner: ShardedTables, local: Mapping[str, list[LocalShard]]) -> nn.ModuleDict:
+    """One module with a `weight` per table in config order, its shards filled."""
+    modules, replicas = nn.ModuleDict(), owner.replicas.parameters()
+    configs = {config.name: config for config in owner.configs}
+    for table in owner.layout.tables:
+        source, config = owner.sources[table.name], configs[table.name]
         if table.name in replicas:
+            whole = Shard(table.name, range(table.num_rows), range(table.num_columns), owner.exchange.rank)
+            fill_shard(replicas[table.name], whole, config, source.weight)
             modules[table.name] = nn.Module()
             modules[table.name].register_parameter("weight", replicas[table.name])
-            whole = Shard(table.name, range(table.num_rows), range(table.num_columns), 0)
-            fill_shard(replicas[table.name], whole, config, source)
             continue
         for piece in local.get(table.name, []):
-            fill_shard(piece.weight, piece.shard, config, source)
+            fill_shard(piece.weight, piece.shard, config, source.weight)
         modules[table.name] = TableShards(table, local.get(table.name, []), source)
     return modules
 
