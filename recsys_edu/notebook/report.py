@@ -55,6 +55,8 @@ def page_html(notebook: Any, title: str) -> str:
         if "injected-parameters" in cell.metadata.get("tags", ()):
             cell.metadata["collapsed"] = True
         for index, output in enumerate(cell.get("outputs", ())):
+            if output.output_type == "stream":
+                _tidy_progress(output)
             data = output.get("data", {})
             if PLOTLY_MIME in data:
                 has_figures = True
@@ -73,6 +75,14 @@ def page_html(notebook: Any, title: str) -> str:
 
         page = page.replace("</head>", f"<script>{get_plotlyjs()}</script></head>", 1)
     return page
+
+
+def _tidy_progress(output: Any) -> None:
+    """Keep what a progress bar showed last; it is written to stderr, but it is no error."""
+    lines = [line.rsplit("\r", 1)[-1] for line in output.text.replace("\r\n", "\n").split("\n")]
+    if "\r" in output.text:
+        output.name = "stdout"
+    output.text = "\n".join(lines)
 
 
 def figure_html(figure: Any, element: str) -> str:

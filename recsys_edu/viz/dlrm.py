@@ -38,29 +38,23 @@ def dlrm_diagram(
         )
         font = {"color": text_on(fill), "size": 14}
         figure.add_annotation(x=x + width / 2, y=y + 0.4, text=text, showarrow=False, font=font)
-    arrows = (
-        (1.6, 0.8, 1.6, 1.5, f"[B, {num_dense}]"),
-        (6.6, 0.8, 6.6, 1.5, "KeyedJaggedTensor"),
-        (1.6, 2.3, 3.0, 3.0, f"[B, {dim}]"),
-        (6.6, 2.3, 5.8, 3.0, f"[B, {num_sparse}, {dim}]"),
-        (4.6, 3.8, 4.6, 4.5, f"[B, {dim} + {pairs}]"),
-        (4.6, 5.3, 4.6, 6.0, "[B, 1]"),
+    arrows = (  # from, to, where the shape stands
+        (1.6, 0.8, 1.6, 1.5, 1.72, f"[B, {num_dense}]"),
+        (6.6, 0.8, 6.6, 1.5, 6.72, "KeyedJaggedTensor"),
+        (1.6, 2.3, 3.0, 3.0, 2.75, f"[B, {dim}]"),
+        (6.6, 2.3, 5.8, 3.0, 6.45, f"[B, {num_sparse}, {dim}]"),
+        (4.6, 3.8, 4.6, 4.5, 4.72, f"[B, {dim} + {pairs}]"),
+        (4.6, 5.3, 4.6, 6.0, 4.72, "[B, 1]"),
     )
-    for x0, y0, x1, y1, text in arrows:
-        figure.add_annotation(
-            x=x1, y=y1, ax=x0, ay=y0, xref="x", yref="y", axref="x", ayref="y", arrowhead=2, arrowcolor=INK, text=""
-        )
-        figure.add_annotation(
-            x=(x0 + x1) / 2 + 0.12,
-            y=(y0 + y1) / 2,
-            text=text,
-            showarrow=False,
-            xanchor="left",
-            font={"size": 12, "color": MUTED},
-        )
+    for x0, y0, x1, y1, label_x, text in arrows:
+        ends = {"x": x1, "y": y1, "ax": x0, "ay": y0, "xref": "x", "yref": "y", "axref": "x", "ayref": "y"}
+        figure.add_annotation(arrowhead=2, arrowcolor=INK, text="", **ends)
+        font = {"size": 12, "color": MUTED}
+        figure.add_annotation(x=label_x, y=(y0 + y1) / 2, text=text, showarrow=False, xanchor="left", font=font)
     styled(
-        figure, "DLRM<br>read it from below: two kinds of input become vectors, vectors meet", height=520, legend=False
+        figure, "DLRM<br>read it from below: two kinds of input become vectors, vectors meet", height=480, legend=False
     )
+    figure.update_layout(margin_b=10)
     figure.update_xaxes(visible=False, range=[-0.3, 9.5])
     figure.update_yaxes(visible=False, range=[-0.3, 7.1])
     return figure

@@ -133,7 +133,9 @@ def roofline(points: Mapping[str, tuple[float, float]], copy_gb_s: float, peak_g
             "line": {"width": 1, "color": "#222"},
         }
         figure.add_scatter(x=[intensity], y=[gflop_s], mode="markers", marker=marker, name=name)
-    figure.add_vline(x=ridge, line={"dash": "dot", "color": MUTED}, annotation_text="compute-bound from here")
+    figure.add_vline(x=ridge, line={"dash": "dot", "color": MUTED})
+    where = {"x": np.log10(ridge), "y": 0, "yref": "paper", "xanchor": "left", "yanchor": "bottom"}  # log axis: log10
+    figure.add_annotation(text=" arithmetic sets the pace", showarrow=False, font={"color": MUTED}, **where)
     styled(
         figure,
         "Lookups live on the left<br>left of the dotted line memory sets the pace, right of it arithmetic",
@@ -141,8 +143,8 @@ def roofline(points: Mapping[str, tuple[float, float]], copy_gb_s: float, peak_g
         "GFLOP/s",
         height=450,
     )
-    figure.update_xaxes(type="log")
-    figure.update_yaxes(type="log")
+    figure.update_xaxes(type="log", dtick=1)
+    figure.update_yaxes(type="log", dtick="D2")
     return figure
 
 
@@ -169,18 +171,21 @@ def lines_over_batch(batch_sizes: Sequence[int], microseconds: Mapping[str, Sequ
         height=400,
     )
     figure.update_xaxes(type="log", tickvals=list(batch_sizes))
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(type="log", dtick="D2")
     return figure
 
 
-def bars(values: Mapping[str, float], title: str, unit: str, digits: int = 1, log: bool = False) -> Figure:
-    """One horizontal bar per name, with its value written on it."""
+def bars(
+    values: Mapping[str, float], title: str, unit: str, digits: int = 1, log: bool = False, start: float = 0.0
+) -> Figure:
+    """One horizontal bar per name, with its value written on it; bars begin at `start` (0.5 suits AUC: a coin)."""
     import plotly.graph_objects as go
 
     names = list(values)
     figure = go.Figure()
     figure.add_bar(
-        x=list(values.values()),
+        x=[value - start for value in values.values()],
+        base=start,
         y=names,
         orientation="h",
         marker_color=[OKABE_ITO[index % 8] for index in range(len(names))],
@@ -191,8 +196,10 @@ def bars(values: Mapping[str, float], title: str, unit: str, digits: int = 1, lo
     styled(figure, title, unit, height=130 + 46 * len(names), legend=False)
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_layout(margin_r=80)
+    if start:
+        figure.update_xaxes(range=[start, start + 1.12 * (max(values.values()) - start)])
     if log:
-        figure.update_xaxes(type="log")
+        figure.update_xaxes(type="log", dtick="D2")
     return figure
 
 
@@ -218,9 +225,10 @@ def tables_side_by_side(num_tables: int, dim: int) -> Figure:
         figure,
         f"{num_tables} tables of dim {dim}: {num_tables} calls, or one<br>"
         "every call pays for dispatch, autograd and threads again",
-        height=330,
+        height=300,
         legend=False,
     )
+    figure.update_layout(margin_b=10)
     figure.update_xaxes(visible=False, range=[-0.4, shown * 1.5])
     figure.update_yaxes(visible=False, range=[-0.5, 3.8])
     return figure

@@ -20,6 +20,8 @@ SOLUTIONS = find_notebooks(["solutions"], folder=FOLDER)
 EVERY = [*NOTEBOOKS, *SOLUTIONS]
 
 # notebook: recorded number: (lowest, highest)
+# Times depend on the machine and its load: they must be there and be positive, no more.
+POSITIVE = (1e-9, float("inf"))
 EXPECTED = {
     "00_start_here": {
         "auc": (0.785, 0.82),
@@ -28,17 +30,17 @@ EXPECTED = {
     },
     "01_jagged_tensors": {
         "padding waste, MovieLens": (0.84, 0.87),
-        "jagged speed-up over padded": (1.5, 5000.0),
+        "jagged speed-up over padded": POSITIVE,
     },
     "02_embedding_bags_and_kernels": {
-        "streaming bandwidth": (0.5, 1000.0),
-        "gather bandwidth, 256-byte rows": (0.2, 1000.0),
-        "one call over 26 calls, batch of 64": (0.5, 1000.0),
-        "one call over 26 calls, batch of 2,048": (0.3, 1000.0),
-        "lookup, share of gather bandwidth": (0.02, 10.0),
+        "streaming bandwidth": POSITIVE,
+        "gather bandwidth, 256-byte rows": POSITIVE,
+        "one call over 26 calls, batch of 64": POSITIVE,
+        "one call over 26 calls, batch of 2,048": POSITIVE,
+        "lookup, share of gather bandwidth": POSITIVE,
         "fused against autograd, largest difference": (0.0, 1e-5),
-        "fused step over dense gradient": (1.2, 10_000.0),
-        "fused step over sparse gradient": (0.2, 1000.0),
+        "fused step over dense gradient": POSITIVE,
+        "fused step over sparse gradient": POSITIVE,
     },
     "03_dlrm": {
         "share of weights in tables": (0.99, 1.0),
@@ -50,6 +52,7 @@ EXPECTED = {
         "MovieLens: AUC of biases": (0.765, 0.795),
         "MovieLens: normalised entropy": (0.7, 0.85),
         "MovieLens: calibration": (0.93, 1.07),
+        "MovieLens: AUC lost without the film's mean": (0.005, 0.2),
     },
 }
 
@@ -145,7 +148,15 @@ def test_code_cells_are_short(path):
         if cell.cell_type == "code"
     ]
     assert statistics.median(sizes) <= 3
-    assert sum(size < 8 for size in sizes) >= 0.85 * len(sizes) and max(sizes) <= 16
+    assert sum(size < 8 for size in sizes) >= 0.85 * len(sizes) and max(sizes) <= 12
+    too_wide = [
+        line
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "code"
+        for line in cell.source.splitlines()
+        if len(line) > 115
+    ]
+    assert not too_wide, "wider than a page of the report"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
