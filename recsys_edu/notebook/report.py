@@ -54,9 +54,9 @@ def page_html(notebook: Any, title: str) -> str:
     for cell in notebook.cells:
         if "injected-parameters" in cell.metadata.get("tags", ()):
             cell.metadata["collapsed"] = True
+        if cell.cell_type == "code":
+            cell.outputs = tidy_streams(cell.outputs)
         for index, output in enumerate(cell.get("outputs", ())):
-            if output.output_type == "stream":
-                _tidy_progress(output)
             data = output.get("data", {})
             if PLOTLY_MIME in data:
                 has_figures = True
@@ -77,12 +77,25 @@ def page_html(notebook: Any, title: str) -> str:
     return page
 
 
-def _tidy_progress(output: Any) -> None:
-    """Keep what a progress bar showed last; it is written to stderr, but it is no error."""
-    lines = [line.rsplit("\r", 1)[-1] for line in output.text.replace("\r\n", "\n").split("\n")]
-    if "\r" in output.text:
-        output.name = "stdout"
-    output.text = "\n".join(lines)
+def tidy_streams(outputs: Sequence[Any]) -> list[Any]:
+    """Join the pieces of each printed text, and keep of a progress bar what it showed last.
+
+    A progress bar is written to stderr, which pages colour as an error; it is none.
+    """
+    tidy: list[Any] = []
+    for output in outputs:
+        if output.output_type != "stream":
+            tidy.append(output)
+        elif tidy and tidy[-1].output_type == "stream" and tidy[-1].name == output.name:
+            tidy[-1].text += output.text
+        else:
+            tidy.append(nbformat.from_dict(dict(output)))
+    for output in tidy:
+        if output.output_type == "stream" and "\r" in output.text:
+            lines = output.text.replace("\r\n", "\n").split("\n")
+            output.text = "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in lines)
+            output.name = "stdout"
+    return tidy
 
 
 def figure_html(figure: Any, element: str) -> str:

@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import recsys_edu.notebook as nb
 from recsys_edu.notebook.__main__ import main, parse_value
-from recsys_edu.notebook.report import figure_html, format_value
+from recsys_edu.notebook.report import figure_html, format_value, tidy_streams
 from recsys_edu.notebook.runner import find_notebooks, run_notebooks
 
 
@@ -164,3 +164,11 @@ def test_an_unknown_exercise_lists_the_known_ones():
         nb.exercise("01.9")
     with pytest.raises(KeyError, match="numbers look like"):
         nb.check("99.1", print)
+
+
+def test_progress_bars_are_shown_by_their_last_state():
+    pieces = [nbformat.v4.new_output("stream", name="stderr", text=text) for text in ("\r 0%", "\r50%", "\r99%\n")]
+    (tidy,) = tidy_streams(pieces)
+    assert tidy.text == "99%\n" and tidy.name == "stdout"
+    printed = [nbformat.v4.new_output("stream", name="stdout", text="a\n"), nbformat.v4.new_output("display_data")]
+    assert [output.output_type for output in tidy_streams(printed)] == ["stream", "display_data"]
