@@ -184,11 +184,32 @@ class CacheParams:
 
 @dataclass
 class KeyValueParams:
-    """Where a table that lives on disk keeps its rows, and how many of them memory holds."""
+    """Where a table that lives on disk or on a parameter server keeps its rows, and how many of them memory holds.
+
+    Fields and their order are TorchRec's, so that its plans can be written down here; no kernel here reads them.
+
+    Counterpart: torchrec.distributed.types.KeyValueParams
+    """
 
     ssd_storage_directory: str | None = None
+    ssd_rocksdb_write_buffer_size: int | None = None
+    ssd_rocksdb_shards: int | None = None
+    gather_ssd_cache_stats: bool | None = None
+    stats_reporter_config: Any | None = None
+    use_passed_in_path: bool = True
     l2_cache_size: int | None = None
     max_l1_cache_size: int | None = None
+    enable_async_update: bool | None = None
+    bulk_init_chunk_size: int | None = None
+    lazy_bulk_init_enabled: bool | None = None
+    enable_raw_embedding_streaming: bool | None = None
+    res_store_shards: int | None = None
+    kvzch_tbe_config: Any | None = None
+    load_ckpt_without_opt: bool = False
+    ps_hosts: tuple[tuple[str, int], ...] | None = None
+    ps_client_thread_num: int | None = None
+    ps_max_key_per_request: int | None = None
+    ps_max_local_index_length: int | None = None
 
 
 @dataclass

@@ -72,8 +72,16 @@ def _concatenate(batches: Tensor | list[Tensor]) -> Tensor:
 class AUCMetricComputation(ExampleWindowComputation):
     """Keeps the window's examples, and with ``grouped_auc`` the column ``grouping_keys``."""
 
-    def __init__(self, *args: Any, grouped_auc: bool = False, apply_bin: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, extra_states=("grouping_keys",) if grouped_auc else (), **kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        grouped_auc: bool = False,
+        apply_bin: bool = False,
+        fused_update_limit: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        extra_states = ("grouping_keys",) if grouped_auc else ()
+        super().__init__(*args, extra_states=extra_states, fused_update_limit=fused_update_limit, **kwargs)
         self._grouped, self._apply_bin = grouped_auc, apply_bin
 
     def _compute(self) -> list[MetricComputationReport]:
@@ -93,7 +101,6 @@ class AUCMetric(RecMetric):
     _namespace = MetricNamespace.AUC
     _computation_class = AUCMetricComputation
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if kwargs.get("grouped_auc"):
-            self._required_inputs.add("grouping_keys")
+    @staticmethod
+    def _needed_columns(kwargs: dict[str, Any]) -> set[str]:
+        return {"grouping_keys"} if kwargs.get("grouped_auc") else set()

@@ -9,6 +9,8 @@ Counterpart: torchrec.metrics.auprc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,17 +38,42 @@ def compute_auprc(n_tasks: int, predictions: Tensor, labels: Tensor, weights: Te
     return torch.stack([weighted_auprc(predictions[t], labels[t], weights[t]) for t in range(n_tasks)])
 
 
+def compute_auprc_per_group(
+    n_tasks: int, predictions: Tensor, labels: Tensor, weights: Tensor, grouping_keys: Tensor
+) -> Tensor:
+    """The mean over groups of their AUPRC, ``[T]``; a group without positives counts 0. 0.5 without groups."""
+    groups = grouping_keys.unique()
+    if not len(groups):
+        return torch.full((n_tasks,), 0.5, dtype=torch.float64)
+    tensors = (predictions, labels, weights)
+    per_group = [compute_auprc(n_tasks, *(value[:, grouping_keys == group] for value in tensors)) for group in groups]
+    return torch.stack(per_group).mean(dim=0)
+
+
 class AUPRCMetricComputation(ExampleWindowComputation):
-    """Keeps the window's examples."""
+    """Keeps the window's examples, and with ``grouped_auprc`` the column ``grouping_keys``."""
+
+    def __init__(self, *args: Any, grouped_auprc: bool = False, fused_update_limit: int = 0, **kwargs: Any) -> None:
+        extra_states = ("grouping_keys",) if grouped_auprc else ()
+        super().__init__(*args, extra_states=extra_states, fused_update_limit=fused_update_limit, **kwargs)
+        self._grouped = grouped_auprc
 
     def _compute(self) -> list[MetricComputationReport]:
         examples = [self.examples(name) for name in ("predictions", "labels", "weights")]
         value_T = compute_auprc(self._n_tasks, *examples)
-        return [MetricComputationReport(MetricName.AUPRC, MetricPrefix.WINDOW, value_T)]
+        reports = [MetricComputationReport(MetricName.AUPRC, MetricPrefix.WINDOW, value_T)]
+        if self._grouped:
+            value_T = compute_auprc_per_group(self._n_tasks, *examples, self.examples("grouping_keys")[0])
+            reports.append(MetricComputationReport(MetricName.GROUPED_AUPRC, MetricPrefix.WINDOW, value_T))
+        return reports
 
 
 class AUPRCMetric(RecMetric):
-    """``auprc-<task>|window_auprc``."""
+    """``auprc-<task>|window_auprc``, and with ``grouped_auprc=True`` ``auprc-<task>|window_grouped_auprc``."""
 
     _namespace = MetricNamespace.AUPRC
     _computation_class = AUPRCMetricComputation
+
+    @staticmethod
+    def _needed_columns(kwargs: dict[str, Any]) -> set[str]:
+        return {"grouping_keys"} if kwargs.get("grouped_auprc") else set()

@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 from recsys_edu.metrics.metrics_namespace import MetricName, MetricNamespace
-from recsys_edu.metrics.rec_metric import RecMetric, SumMetricComputation, required_input
+from recsys_edu.metrics.rec_metric import (
+    RecMetric,
+    RecMetricException,
+    SumMetricComputation,
+    required_input,
+)
 
 
 def dcg_per_session(order_N: Tensor, gains_N: Tensor, session_N: Tensor, num_sessions: int, k: int) -> Tensor:
@@ -52,9 +57,15 @@ class NDCGComputation(SumMetricComputation):
         report_ndcg_as_decreasing_curve: bool = True,
         remove_single_length_sessions: bool = False,
         scale_by_weights_tensor: bool = False,
+        is_negative_task_mask: list[bool] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if any(is_negative_task_mask or ()):
+            raise RecMetricException(
+                f"is_negative_task_mask={is_negative_task_mask} would change no value (TorchRec 1.8 takes it without"
+                " effect): for a task where less is better pass 1 - label and 1 - prediction"
+            )
         self._exponential_gain = exponential_gain
         self._session_key = session_key
         self._k = k
@@ -95,6 +106,6 @@ class NDCGMetric(RecMetric):
     _namespace = MetricNamespace.NDCG
     _computation_class = NDCGComputation
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._required_inputs.add(kwargs.get("session_key", "session_id"))
+    @staticmethod
+    def _needed_columns(kwargs: dict[str, Any]) -> set[str]:
+        return {kwargs.get("session_key", "session_id")}

@@ -73,8 +73,14 @@ class NEMetricComputation(SumMetricComputation):
 
     state_names = ("cross_entropy_sum", "weighted_num_samples", "pos_labels", "neg_labels")
 
-    def __init__(self, *args: Any, include_logloss: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        include_logloss: bool = False,
+        allow_missing_label_with_zero_weight: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, allow_missing_label_with_zero_weight=allow_missing_label_with_zero_weight, **kwargs)
         self._include_logloss = include_logloss
 
     def batch_sums(self, labels: Tensor, predictions: Tensor, weights: Tensor, **kwargs: Any) -> dict[str, Tensor]:

@@ -46,6 +46,9 @@ class NEPositiveMetricComputation(SumMetricComputation):
 
     state_names = ("cross_entropy_positive_sum", "weighted_num_samples", "pos_labels", "neg_labels")
 
+    def __init__(self, *args: Any, allow_missing_label_with_zero_weight: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_missing_label_with_zero_weight=allow_missing_label_with_zero_weight, **kwargs)
+
     def batch_sums(self, labels: Tensor, predictions: Tensor, weights: Tensor, **kwargs: Any) -> dict[str, Tensor]:
         return get_ne_positive_states(labels, predictions, weights, ETA)
 

@@ -118,6 +118,7 @@ class RecMetricComputation(Metric, abc.ABC):
     ) -> None:
         if kwargs or args:
             raise RecMetricException(f"{type(self).__name__} does not know the arguments {[*args, *kwargs]}")
+        _refuse_fused_updates(fused_update_limit)
         super().__init__(process_group=process_group)
         self._my_rank = my_rank
         self._batch_size = batch_size
@@ -308,8 +309,7 @@ class RecMetric(nn.Module, abc.ABC):
         local_window_size = math.ceil(window_size / world_size)
         if not tasks:
             raise RecMetricException(f"{type(self).__name__} needs at least one task")
-        if fused_update_limit:
-            raise RecMetricException("fused_update_limit is not supported: updates are applied at once; leave it at 0")
+        _refuse_fused_updates(fused_update_limit)
         if local_window_size < batch_size:
             raise ValueError(
                 f"a window of {window_size} examples over {world_size} ranks is {local_window_size} on each,"
@@ -317,7 +317,7 @@ class RecMetric(nn.Module, abc.ABC):
             )
         self._tasks = tasks
         self._fused = compute_mode is not RecComputeMode.UNFUSED_TASKS_COMPUTATION
-        self._required_inputs: set[str] = set()
+        self._required_inputs: set[str] = self._needed_columns(kwargs)
         groups = [tasks] if self._fused else [[task] for task in tasks]
         self._metrics_computations = nn.ModuleList(
             self._computation_class(
@@ -333,6 +333,11 @@ class RecMetric(nn.Module, abc.ABC):
             )
             for group in groups
         )
+
+    @staticmethod
+    def _needed_columns(kwargs: dict[str, Any]) -> set[str]:
+        """Columns beside label, prediction and weight; a metric overrides this when its arguments ask for some."""
+        return set()
 
     def _task_kwargs(self, tasks: list[RecTaskInfo], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The computation's own arguments; a metric overrides this when they depend on the tasks."""
@@ -421,6 +426,12 @@ class RecMetric(nn.Module, abc.ABC):
         for computation in self._metrics_computations:
             computation.reset()
 
+    def state_dict(
+        self, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Tensor]:
+        """The lifetime sums by name; unlike nn.Module's, the arguments may also be given by position."""
+        return super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
     def get_required_inputs(self) -> set[str]:
         """Columns of the model output that `update` needs besides label, prediction and weight."""
         return self._required_inputs
@@ -432,6 +443,13 @@ class RecMetric(nn.Module, abc.ABC):
     def get_memory_usage(self) -> dict[Tensor, int]:
         """Every tensor the metric holds, with its bytes."""
         return {t: t.numel() * t.element_size() for c in self._metrics_computations for t in _state_tensors(c)}
+
+
+def _refuse_fused_updates(fused_update_limit: int) -> None:
+    if fused_update_limit:
+        raise RecMetricException(
+            f"fused_update_limit={fused_update_limit} is not supported: updates are applied at once; leave it at 0"
+        )
 
 
 def _of_task(values: Tensor | dict[str, Tensor] | None, task: RecTaskInfo, tasks: list[RecTaskInfo]) -> Tensor | None:

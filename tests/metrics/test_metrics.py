@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recsys_edu.metrics.auc import AUCMetric, compute_auc, compute_auc_per_group, weighted_auc
-from recsys_edu.metrics.auprc import weighted_auprc
+from recsys_edu.metrics.auc import AUCMetric, AUCMetricComputation, compute_auc, compute_auc_per_group, weighted_auc
+from recsys_edu.metrics.auprc import AUPRCMetric, weighted_auprc
 from recsys_edu.metrics.calibration import CalibrationMetric
 from recsys_edu.metrics.ctr import CTRMetric
 from recsys_edu.metrics.metric_module import REC_METRICS_MAPPING, RecMetricModule, StateMetric, generate_metric_module
@@ -149,6 +149,26 @@ def test_auc_edge_cases():
     assert weighted_auprc(t(0.9, 0.8, 0.4, 0.1), t(1, 0, 1, 0), torch.ones(4)).item() == pytest.approx(5 / 6)
 
 
+@pytest.mark.parametrize("metric_class, name", [(AUCMetric, "auc"), (AUPRCMetric, "auprc")])
+def test_grouped_values_are_the_mean_over_groups(metric_class, name):
+    metric = make(metric_class, **{f"grouped_{name}": True})
+    assert metric.get_required_inputs() == {"grouping_keys"}
+    scores, labels = t(0.9, 0.1, 0.1, 0.9), t(1, 0, 1, 0)  # first group perfect, second upside down
+    feed(metric, scores, labels, required_inputs={"grouping_keys": torch.tensor([0, 0, 1, 1])})
+    worst = {"auc": 0.0, "auprc": 0.5}[name]
+    assert metric.compute()[f"{name}-click|window_grouped_{name}"].item() == (1 + worst) / 2
+    assert make(metric_class).get_required_inputs() == set()
+
+
+def test_without_examples_ne_is_nan_or_where_that_is_allowed_tiny():
+    for module in ("ne", "ne_positive", "unweighted_ne", "cali_free_ne"):
+        metric_class = next(c for c in REC_METRICS_MAPPING.values() if c.__module__.endswith(f".{module}"))
+        values = [list(make(metric_class, **arguments).compute().values()) for arguments in
+                  ({}, {"allow_missing_label_with_zero_weight": True})]  # fmt: skip
+        assert all(value.isnan() for value in values[0])
+        assert [value.item() for value in values[1]] == [1e-12, 1e-12]
+
+
 def test_auc_keeps_exactly_the_window():
     metric = make(AUCMetric, window_size=4)
     feed(metric, t(0.1, 0.9), t(1, 0))  # upside down; half of it is forgotten
@@ -219,6 +239,7 @@ def test_sums_are_float64():
     feed(metric, PREDICTIONS[:1].float(), torch.ones(1))
     assert metric._metrics_computations[0].ctr_denom.item() == 2**24 + 1
     assert list(metric.state_dict()) == ["_metrics_computations.0.ctr_num", "_metrics_computations.0.ctr_denom"]
+    assert list(metric.state_dict({}, "ctr.")) == [f"ctr.{key}" for key in metric.state_dict()]
 
 
 def test_validated_updates_ignore_tasks_without_weight():
@@ -248,6 +269,14 @@ def test_bad_input_is_refused_and_changes_nothing():
         make(CTRMetric, tasks=())
     with pytest.raises(RecMetricException, match="treshold"):
         make(CTRMetric, treshold=0.5)
+    for metric_class in (CTRMetric, AUCMetric):
+        with pytest.raises(RecMetricException, match="fused_update_limit=3 is not supported"):
+            make(metric_class, fused_update_limit=3)
+    with pytest.raises(RecMetricException, match="fused_update_limit=3"):
+        AUCMetricComputation(0, 4, 1, 100, fused_update_limit=3)
+    with pytest.raises(RecMetricException, match="is_negative_task_mask"):
+        make(NDCGMetric, is_negative_task_mask=[True])
+    make(NDCGMetric, is_negative_task_mask=[False])
 
 
 def test_parsing_model_outputs():
