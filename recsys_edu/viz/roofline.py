@@ -175,9 +175,7 @@ def lines_over_batch(batch_sizes: Sequence[int], microseconds: Mapping[str, Sequ
     return figure
 
 
-def bars(
-    values: Mapping[str, float], title: str, unit: str, digits: int = 1, log: bool = False, start: float = 0.0
-) -> Figure:
+def bars(values: Mapping[str, float], title: str, unit: str, digits: int = 1, start: float = 0.0) -> Figure:
     """One horizontal bar per name, with its value written on it; bars begin at `start` (0.5 suits AUC: a coin)."""
     import plotly.graph_objects as go
 
@@ -198,8 +196,6 @@ def bars(
     figure.update_layout(margin_r=80)
     if start:
         figure.update_xaxes(range=[start, start + 1.12 * (max(values.values()) - start)])
-    if log:
-        figure.update_xaxes(type="log", dtick="D2")
     return figure
 
 
