@@ -64,7 +64,6 @@ class ShardedEmbeddingCollection(nn.Module):
     def _take(self, shards: ShardedTables, need_indices: bool) -> None:
         self._shards, self._lookup, self._exchange = shards, shards.lookup, shards.exchange
         self._need_indices = need_indices
-        self._kernel_lanes = [len(kernel.lanes) for kernel in shards.lookup.rank_kernels]
         self._assembly = SequenceAssembly(shards.layout)
         self._names = [name for names in get_embedding_names_by_table(shards.configs) for name in names]
         self._anchor = torch.zeros(0, requires_grad=True, device=shards.device)
@@ -98,13 +97,17 @@ class ShardedEmbeddingCollection(nn.Module):
         """Phase 3: look up this rank's lanes and start to return the rows."""
         self._lookup.lookup(flight)
         flight.places = self._assembly.places(flight)
-        returned = StartSequence.apply(self._anchor, flight, self._exchange, self._kernel_lanes, *flight.results)
-        flight.returned = (returned,)
-        flight.local = self._shards.replicas.lookup(flight.kjt)
+        kernels = self._lookup.rank_kernels
+        copies = [answer for answer, kernel in zip(flight.results, kernels) if kernel.everywhere]
+        shared = [answer for answer, kernel in zip(flight.results, kernels) if not kernel.everywhere]
+        rows = [answer.rows for answer in shared]
+        flight.returned = (StartSequence.apply(self._anchor, flight, self._exchange, shared, *rows),)
+        self._shards.replicas.keep(flight, copies, self._exchange)
 
     def finish(self, flight: Flight) -> dict[str, JaggedTensor]:
         """Phase 4: wait for the returned rows and hand them out by name."""
-        rows = WaitSequence.apply(*flight.returned, flight.local, flight, self._exchange, self._assembly)
+        local = self._shards.replicas.finish(flight, self._exchange)
+        rows = WaitSequence.apply(*flight.land(), local, flight, self._exchange, self._assembly)
         kjt, answers, first = flight.kjt, {}, 0
         lengths_FB = kjt.lengths().view(len(kjt.keys()), -1)
         for name, output in zip(self._names, self._shards.layout.outputs):

@@ -81,6 +81,10 @@ class ShardedEmbeddingBagCollection(nn.Module):
         layout = shards.layout
         self._assembly = PooledAssembly(layout, shards.tables.local_columns)
         self._hosts = HostSums(layout, shards.exchange.rank) if any(layout.width_H) else None
+        kernels = shards.lookup.rank_kernels
+        # A rank without lanes still answers: one block of no columns.
+        self._everywhere = [kernel.everywhere for kernel in kernels] or [False]
+        self._widths_of_kernel = [kernel.widths for kernel in kernels if not kernel.everywhere] or [(0, 0)]
         self._names = [name for names in get_embedding_names_by_table(shards.configs) for name in names]
         self._widths = [config.embedding_dim for config in shards.configs for _ in config.feature_names]
         self._anchor = torch.zeros(0, requires_grad=True, device=shards.device)
@@ -115,18 +119,16 @@ class ShardedEmbeddingBagCollection(nn.Module):
     def lookup(self, flight: Flight) -> None:
         """Phase 3: look up this rank's lanes and start to return the pooled columns."""
         self._lookup.lookup(flight)
-        alone, partial = flight.results, []
-        if self._hosts is not None:
-            widths = [kernel.widths for kernel in self._lookup.rank_kernels] or [(0, 0)]
-            parts = [pooled.split(list(pair), dim=1) for pooled, pair in zip(flight.results, widths)]
-            alone, partial = map(list, zip(*parts))
-        flight.returned = (
-            StartPooled.apply(_side_by_side(alone), self._anchor, flight, self._exchange, self._assembly),
-        )
+        copies = [answer for answer, everywhere in zip(flight.results, self._everywhere) if everywhere]
+        pooled = [answer.rows for answer, everywhere in zip(flight.results, self._everywhere) if not everywhere]
+        parts = [rows.split(list(widths), dim=1) for rows, widths in zip(pooled, self._widths_of_kernel)]
+        alone, partial = [list(blocks) for blocks in zip(*parts)] if parts else [[copies[0].rows[:, :0].detach()]] * 2
+        returned = StartPooled.apply(_side_by_side(alone), self._anchor, flight, self._exchange, self._assembly)
+        flight.returned = (returned,)
         if self._hosts is not None:
             partial = _side_by_side(partial)
             flight.returned += (SumInsideHost.apply(partial, self._anchor, flight, self._exchange, self._hosts),)
-        flight.local = self._shards.replicas.lookup(flight.kjt)
+        self._shards.replicas.keep(flight, copies, self._exchange)
 
     def sum_hosts(self, flight: Flight) -> None:
         """Phase 4, where tables are split over the ranks of one of several hosts: sum there, then start to return."""
@@ -137,7 +139,8 @@ class ShardedEmbeddingBagCollection(nn.Module):
 
     def finish(self, flight: Flight) -> Tensor:
         """Phase 5: wait for the returned columns and put them together, [B, D]."""
-        return WaitPooled.apply(flight.local, flight, self._exchange, self._assembly, self._hosts, *flight.returned)
+        local = self._shards.replicas.finish(flight, self._exchange)
+        return WaitPooled.apply(local, flight, self._exchange, self._assembly, self._hosts, *flight.land())
 
     @property
     def fused_optimizer(self) -> KeyedOptimizer:

@@ -32,6 +32,19 @@ if TYPE_CHECKING:
 NUM_SIZES = 4  # what each rank tells each other: number of values, batch size, bad feature + 1 (or 0), bad id
 
 
+@dataclass(frozen=True)
+class KernelAnswer:
+    """What one kernel looked up for all ranks: pooled `[sum of B, columns]`, or one row per id, lane after lane.
+
+    `counts_W` says how many rows each rank asked for. Pooled rows lie rank after rank; those of sequences lie lane
+    after lane, and `permutation` picks them in the order in which their ids arrived (None: they lie so already).
+    """
+
+    rows: Tensor
+    counts_W: list[int]
+    permutation: Tensor | None = None
+
+
 @dataclass
 class Flight:
     """One batch in progress through a sharded module: what was started, and what is known so far."""
@@ -49,10 +62,10 @@ class Flight:
     """For every value in lane-major order, its place among the received ones; None when they are the same."""
     totals_Wl: Tensor | None = None
     """How many values each rank sent for each lane of this one."""
-    results: list[Tensor] = field(default_factory=list)
-    """Per kernel of this rank: pooled `[sum of B, columns]` or one row per value."""
-    local: Tensor | None = None
-    """What this rank's own replicas of data-parallel tables gave."""
+    results: list[KernelAnswer] = field(default_factory=list)
+    """One per kernel of this rank."""
+    kept: list[tuple[Tensor, KernelAnswer, str]] = field(default_factory=list)
+    """Per kernel of data-parallel copies this rank's own rows, all ranks' answer, and a label."""
     returned: tuple[Tensor, ...] = ()
     """Buffers that the answers arrive in."""
     under_way: dict[str, Transfer] = field(default_factory=dict)
@@ -64,6 +77,11 @@ class Flight:
     @property
     def batch_size(self) -> int:
         return self.wire.batch_size
+
+    def land(self) -> tuple[Tensor, ...]:
+        """The returned buffers, for the last phase; the flight, which autograd's nodes hold, lets go of their tensors."""
+        returned, self.returned, self.results, self.kept, self.weights = self.returned, (), [], [], None
+        return returned
 
 
 class LaneLookup:
@@ -142,23 +160,36 @@ class LaneLookup:
         if self.weighted:
             weights_M = _WaitWeights.apply(flight.weights, flight, self.exchange)
             weights_M = weights_M if flight.lane_order_M is None else weights_M[flight.lane_order_M]
-        if not self.kernels and not self.layout.pooled:
-            return
         if not self.kernels:
-            flight.results = [_nothing_owned(sum(flight.batch_sizes_W), weights_M, self.device)]
+            flight.results = self._nothing_owned(flight, weights_M)
             return
-        offsets = offsets_of(lengths_lM)
-        if len(self.kernels) == 1:
-            flight.results = [self.kernels[0](values_M, offsets, weights_M)]
-            return
-        batch, first_lane = lengths_lM.shape[1], 0
+        offsets, num_bags, first_lane = offsets_of(lengths_lM), lengths_lM.shape[1], 0
         for kernel, ranked in zip(self.kernels, self.rank_kernels):
-            last_lane = first_lane + len(ranked.lanes)
-            part = offsets[first_lane * batch : last_lane * batch + 1]
-            start, stop = part[0].item(), part[-1].item()  # host sync: where this kernel's values lie
+            lanes = slice(first_lane, first_lane + len(ranked.lanes))
+            part, start, stop = offsets, 0, values_M.numel()
+            if len(self.kernels) > 1:
+                part = offsets[lanes.start * num_bags : lanes.stop * num_bags + 1]
+                start, stop = part[[0, -1]].tolist()  # host sync: where this kernel's values lie
+                part = part - start
             weights = None if weights_M is None else weights_M[start:stop]
-            flight.results.append(kernel(values_M[start:stop], part - part[0], weights))
-            first_lane = last_lane
+            rows = kernel(values_M[start:stop], part, weights)
+            flight.results.append(self._answer(flight, rows, lanes, slice(start, stop)))
+            first_lane = lanes.stop
+
+    def _answer(self, flight: Flight, rows: Tensor, lanes: slice, values: slice) -> KernelAnswer:
+        if self.layout.pooled:
+            return KernelAnswer(rows, flight.batch_sizes_W)
+        counts_W = flight.totals_Wl[:, lanes].sum(1).tolist()  # host sync: split sizes of the returned rows
+        order = flight.lane_order_M
+        return KernelAnswer(rows, counts_W, None if order is None else order[values].argsort())
+
+    def _nothing_owned(self, flight: Flight, weights_M: Tensor | None) -> list[KernelAnswer]:
+        """The answer of a rank without lanes: no columns, yet a part of the graph, so that it joins every backward."""
+        if not self.layout.pooled:
+            return []
+        nothing = torch.zeros(sum(flight.batch_sizes_W), 0, device=self.device)
+        rows = nothing if weights_M is None else nothing + 0.0 * weights_M.sum()
+        return [KernelAnswer(rows, flight.batch_sizes_W)]
 
     def _lane_major(self, flight: Flight) -> tuple[Tensor, Tensor]:
         """What arrived, rank after rank, as lengths [l, sum of B] and values ordered by lane, then rank."""
@@ -249,12 +280,6 @@ class _WaitWeights(torch.autograd.Function):
             gradient_M.contiguous(), flight.received_values_W, flight.sent_values_W, "gradients of weights"
         )
         return gradient_M, None, None
-
-
-def _nothing_owned(num_bags: int, weights_M: Tensor | None, device: torch.device) -> Tensor:
-    """The answer of a rank without lanes: no columns, yet a part of the graph, so that it joins every backward."""
-    nothing = torch.zeros(num_bags, 0, device=device)
-    return nothing if weights_M is None else nothing + 0.0 * weights_M.sum()
 
 
 def _sum_by_rank(totals_L: Tensor, num_lanes_W: list[int]) -> Tensor:

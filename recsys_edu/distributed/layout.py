@@ -21,7 +21,8 @@ from recsys_edu.types import DataType
 class ShardedTable:
     """One embedding table and the rectangles it is cut into.
 
-    `optimizer` None means a dense kernel: weights that get ordinary gradients.
+    `optimizer` None means a dense kernel: weights that get ordinary gradients. `everywhere` marks a data-parallel table
+    that trains in backward: each shard is a whole copy, every rank looks up everybody's ids and keeps its own answers.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ShardedTable:
     mean: bool = False
     data_type: DataType = DataType.FP32
     optimizer: OptimizerSpec | None = None
+    everywhere: bool = False
 
     @cached_property
     def row_cuts(self) -> tuple[int, ...]:
@@ -69,6 +71,11 @@ class Lane:
     @property
     def width(self) -> int:
         return len(self.shard.columns)
+
+    @property
+    def returns_alone(self) -> bool:
+        """Whether its rank returns what it looked up as it is, to every rank."""
+        return self.host is None and not self.output.table.everywhere
 
     @property
     def first_column(self) -> int:
@@ -141,7 +148,7 @@ class Layout:
         for shard in sorted(table.shards, key=lambda shard: shard.rows.start):
             ranks_of.setdefault(shard.columns, []).append(shard.rank)
         hosts: dict[range, int | None] = dict.fromkeys(ranks_of)
-        if self.pooled and self.num_hosts > 1 and self.local_size > 1:
+        if self.pooled and self.num_hosts > 1 and self.local_size > 1 and not table.everywhere:
             for columns, ranks in ranks_of.items():
                 host = ranks[0] // self.local_size
                 if ranks == list(range(host * self.local_size, (host + 1) * self.local_size)):
@@ -163,7 +170,7 @@ class Layout:
     @cached_property
     def width_W(self) -> list[int]:
         """Columns that each rank returns by itself."""
-        return [sum(lane.width for lane in lanes if lane.host is None) for lanes in self.lanes_W]
+        return [sum(lane.width for lane in lanes if lane.returns_alone) for lanes in self.lanes_W]
 
     @cached_property
     def width_H(self) -> list[int]:
@@ -182,7 +189,7 @@ class Layout:
 
     def _kernel_key(self, lane: Lane) -> tuple[object, ...]:
         table = lane.output.table
-        return (table.data_type, table.optimizer, None if self.pooled else lane.width)
+        return (table.data_type, table.optimizer, table.everywhere, None if self.pooled else lane.width)
 
     def _rank_kernel(self, lanes: list[Lane]) -> RankKernel:
         shards = list(dict.fromkeys(lane.shard for lane in lanes))
@@ -205,6 +212,11 @@ class RankKernel:
     spec: KernelSpec
     shards: tuple[Shard, ...]
     lanes: tuple[Lane, ...]
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether its tables have a copy on every rank; all of a kernel's do or none."""
+        return self.lanes[0].output.table.everywhere
 
     @property
     def widths(self) -> tuple[int, int]:

@@ -42,7 +42,7 @@ def column_runs(layout: Layout) -> tuple[ColumnRun, ...]:
     """The fewest runs that take every returned column to its place; writes before additions, blocks in row order."""
     runs: list[ColumnRun] = []
     for rank, lanes in enumerate(layout.lanes_W):
-        _add_runs(runs, rank, [(lane, lane.row_block) for lane in lanes if lane.host is None])
+        _add_runs(runs, rank, [(lane, lane.row_block) for lane in lanes if lane.returns_alone])
     for host in range(len(layout.width_H)):
         # What a host returns is summed over its row blocks, so its first rank's lanes speak for all.
         lanes = layout.lanes_W[host * layout.local_size]
@@ -68,7 +68,7 @@ class PooledAssembly:
 
     Args:
         layout: the lanes.
-        local_columns: output columns filled from this rank's own replicas (data-parallel tables), in order.
+        local_columns: output columns filled from this rank's own copies (data-parallel tables), in order.
     """
 
     def __init__(self, layout: Layout, local_columns: tuple[slice, ...] = ()) -> None:
@@ -120,7 +120,7 @@ class PooledAssembly:
     def divide_means(self, answer_BD: Tensor, flight: Flight) -> None:
         """Turn the sums of MEAN tables into means, in place; an empty bag stays zero."""
         for feature, columns in self.means:
-            lengths_B = flight.kjt.lengths().view(-1, flight.batch_size)[flight.kjt.keys().index(feature)]
+            lengths_B = flight.kjt.lengths().view(len(flight.kjt.keys()), -1)[flight.kjt.keys().index(feature)]
             answer_BD[:, columns] /= lengths_B.clamp(min=1).unsqueeze(1)
 
 
@@ -149,7 +149,7 @@ class WaitPooled(torch.autograd.Function):
     """Wait for the returned columns and assemble the output; backward starts the exchange of gradients.
 
     Args:
-        local_BD: what this rank's replicas gave, or None.
+        local_BD: what this rank's own copies of data-parallel tables gave, or None.
         hosts: the two-hop exchange of host sums, or None.
         returned: the buffer of StartPooled and, with hosts, that of SumBetweenHosts.
     """

@@ -63,6 +63,8 @@ def reshard_module(module: nn.Module, plan: EmbeddingModuleShardingPlan) -> nn.M
 
 def _pieces(old: ShardedTable, new: ShardedTable) -> Iterator[Piece]:
     for common in intersections(old.shards, new.shards):
+        if old.everywhere and common.old.rank != common.new.rank:
+            continue  # the target's own copy will do
         yield Piece(new.name, common.old, common.new, common.rows, common.columns)
 
 

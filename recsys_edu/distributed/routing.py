@@ -81,7 +81,7 @@ class Router:
             kjt: keys as given to the constructor, ids already checked.
             with_source: also say where each wire value came from (sequences and weights need it).
         """
-        lengths_FB = kjt.lengths().view(-1, kjt.stride())
+        lengths_FB = kjt.lengths().view(len(kjt.keys()), kjt.stride())
         values_N = kjt.values()
         source_N = torch.arange(values_N.numel(), device=values_N.device) if with_source else None
         if self.is_identity:
@@ -138,7 +138,8 @@ def bucketize(lengths_SB: Tensor, values_N: Tensor, row_cuts_SK: Tensor) -> tupl
     )
     order_N = torch.empty_like(position_N)
     order_N[position_N] = torch.arange(position_N.numel(), dtype=position_N.dtype, device=position_N.device)
-    return lengths.view(-1, lengths_SB.shape[1]), values, order_N
+    num_blocks = cuts_SK.shape[1] - 1
+    return lengths.view(num_blocks * lengths_SB.shape[0], lengths_SB.shape[1]), values, order_N
 
 
 def bucketize_reference(lengths_SB: Tensor, values_N: Tensor, row_cuts_SK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,13 +9,13 @@ Suffixes: D columns, W ranks, N ids sent, M ids received, l lanes of this rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from recsys_edu.distributed.exchange import Exchange
-from recsys_edu.distributed.flight import Flight
+from recsys_edu.distributed.flight import Flight, KernelAnswer
 from recsys_edu.distributed.layout import Layout
 
 
@@ -26,6 +26,8 @@ class RowRun:
     rank: int
     lanes: slice
     columns: slice
+    everywhere: bool = False
+    """Copies of data-parallel tables: they answer only their own rank, and nothing comes back."""
 
     @property
     def width(self) -> int:
@@ -39,10 +41,10 @@ def row_runs(layout: Layout) -> tuple[RowRun, ...]:
     for rank, lanes in enumerate(layout.lanes_W):
         for lane in lanes:
             columns = slice(lane.shard.columns.start, lane.shard.columns.stop)
-            if runs and runs[-1].rank == rank and runs[-1].columns == columns:
-                runs[-1] = RowRun(rank, slice(runs[-1].lanes.start, index + 1), columns)
-            else:
-                runs.append(RowRun(rank, slice(index, index + 1), columns))
+            run = RowRun(rank, slice(index, index + 1), columns, lane.output.table.everywhere)
+            if runs and replace(runs[-1], lanes=run.lanes) == run:
+                run = replace(run, lanes=slice(runs.pop().lanes.start, index + 1))
+            runs.append(run)
             index += 1
     return tuple(runs)
 
@@ -79,7 +81,7 @@ class SequenceAssembly:
         for output in self.layout.outputs:
             key = position[output.feature]
             shift_of_output[output] = num_rows - first_of_key[key]
-            if not output.table.shards:
+            if output.table.everywhere or not output.table.shards:
                 local_rows.append(slice(num_rows, num_rows + rows_of_key[key]))
             num_rows += rows_of_key[key]
         totals_L = [rows_of_key[position[lane.output.feature]] for lane in self.layout.lanes]
@@ -93,7 +95,7 @@ class SequenceAssembly:
         rows_of_run = [sum(totals_L[run.lanes]) for run in self.runs]
         returned_W = [0] * self.layout.world_size
         for run, rows in zip(self.runs, rows_of_run):
-            returned_W[run.rank] += rows * run.width
+            returned_W[run.rank] += 0 if run.everywhere else rows * run.width
         return Places(num_rows, rows_of_run, place_N.split(rows_of_run), returned_W, local_rows)
 
     def scatter(self, pieces: Tensor, local: Tensor | None, places: Places) -> Tensor:
@@ -114,47 +116,38 @@ class SequenceAssembly:
         return pieces
 
     def _pieces(self, pieces: Tensor, places: Places) -> Iterator[tuple[RowRun, Tensor, Tensor]]:
-        parts = pieces.split([rows * run.width for run, rows in zip(self.runs, places.rows_of_run)])
-        for run, place, part in zip(self.runs, places.place_of_run, parts):
-            yield run, place, part.view(-1, run.width)
+        first = 0
+        for run, place in zip(self.runs, places.place_of_run):
+            if not run.everywhere:
+                size = place.numel() * run.width
+                yield run, place, pieces[first : first + size].view(-1, run.width)
+                first += size
 
 
 class WireOrder:
-    """Reorders a rank's looked-up rows from lane-major to the order in which their ids arrived, and back."""
+    """Packs a rank's looked-up rows in the order in which their ids arrived, and unpacks their gradients."""
 
-    def __init__(self, flight: Flight, results: list[Tensor], kernel_lanes: list[int]) -> None:
-        self.shapes = [rows.shape for rows in results]
-        orders = [None] * len(results)
-        if flight.lane_order_M is not None:
-            orders = flight.lane_order_M.split([shape[0] for shape in self.shapes])
-        self.permutations = [None if order is None else order.argsort() for order in orders]
-        per_kernel = flight.totals_Wl.split(kernel_lanes, dim=1)
-        counts_kW = (
-            torch.stack([totals.sum(1) for totals in per_kernel]).tolist() if results else []
-        )  # host sync: splits
-        self.counts_kW = counts_kW
-        self.elements_W = [
-            sum(counts[rank] * shape[1] for counts, shape in zip(counts_kW, self.shapes))
-            for rank in range(len(flight.batch_sizes_W))
-        ]
+    def __init__(self, answers: list[KernelAnswer], world_size: int) -> None:
+        self.answers = answers
+        self.sizes_Wk = [[answer.counts_W[r] * answer.rows.shape[1] for answer in answers] for r in range(world_size)]
+        self.elements_W = [sum(sizes) for sizes in self.sizes_Wk]
 
-    def pack(self, results: list[Tensor]) -> Tensor:
+    def pack(self) -> Tensor:
         """Rows of all kernels, flat, destination rank after destination rank."""
         parts = []
-        for rows, permutation, counts_W in zip(results, self.permutations, self.counts_kW):
-            parts.append((rows if permutation is None else rows[permutation]).split(counts_W))
+        for answer in self.answers:
+            rows = answer.rows if answer.permutation is None else answer.rows[answer.permutation]
+            parts.append(rows.split(answer.counts_W))
         return torch.cat([part.flatten() for of_rank in zip(*parts) for part in of_rank])
 
     def unpack(self, flat: Tensor) -> list[Tensor]:
-        """The adjoint of `pack`: gradients of every kernel's rows, lane-major."""
-        pieces_Wk = [
-            piece.split([counts[rank] * shape[1] for counts, shape in zip(self.counts_kW, self.shapes)])
-            for rank, piece in enumerate(flat.split(self.elements_W))
-        ]
+        """The adjoint of `pack`: gradients of every kernel's rows, as the kernel gave them."""
+        pieces_Wk = [piece.split(sizes) for piece, sizes in zip(flat.split(self.elements_W), self.sizes_Wk)]
         gradients = []
-        for k, (shape, permutation) in enumerate(zip(self.shapes, self.permutations)):
-            wire = torch.cat([pieces[k] for pieces in pieces_Wk]).view(shape)
-            gradients.append(wire if permutation is None else torch.empty_like(wire).index_copy_(0, permutation, wire))
+        for k, answer in enumerate(self.answers):
+            wire = torch.cat([pieces[k] for pieces in pieces_Wk]).view(answer.rows.shape)
+            order = answer.permutation
+            gradients.append(wire if order is None else torch.empty_like(wire).index_copy_(0, order, wire))
         return gradients
 
 
@@ -162,10 +155,10 @@ class StartSequence(torch.autograd.Function):
     """Start to return looked-up rows to the ranks whose ids they answer; backward waits for their gradients."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, flight: Flight, exchange: Exchange, kernel_lanes: list[int], *results: Tensor):
-        ctx.flight, ctx.order = flight, WireOrder(flight, list(results), kernel_lanes)
+    def forward(ctx, anchor: Tensor, flight: Flight, exchange: Exchange, answers: list[KernelAnswer], *rows: Tensor):
+        ctx.flight, ctx.order = flight, WireOrder(answers, exchange.world_size)
         flight.answer_elements_W = ctx.order.elements_W
-        send = ctx.order.pack(list(results)) if results else anchor.detach()
+        send = ctx.order.pack() if answers else anchor.detach()
         transfer = exchange.start(send, ctx.order.elements_W, flight.places.returned_W, "sequence embeddings")
         flight.under_way["rows"] = transfer
         return transfer.received.view(-1)
@@ -173,7 +166,7 @@ class StartSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx, placeholder: Tensor):
         flat = ctx.flight.under_way["gradients of rows"].wait()
-        return None, None, None, None, *(ctx.order.unpack(flat) if ctx.order.shapes else ())
+        return None, None, None, None, *(ctx.order.unpack(flat) if ctx.order.answers else ())
 
 
 class WaitSequence(torch.autograd.Function):

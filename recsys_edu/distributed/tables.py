@@ -1,7 +1,9 @@
 """The tables of a sharded module: configs and a plan, put together and checked.
 
-A table is one of two kinds: *sharded*, its rectangles spread over ranks and trained inside backward by its kernel, or
-*replicated* (data-parallel), a whole copy on every rank whose gradients DDP averages.
+A table is *sharded*, its rectangles spread over ranks; or *replicated* (data-parallel), a whole copy on every rank,
+whose gradients DDP averages; or, where a data-parallel table has an optimizer attached to train in backward,
+*everywhere*: a whole copy on every rank, each updated by the ids and gradients of all ranks. That moves touched rows
+only, where DDP moves whole tables.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from recsys_edu.distributed.comm import get_local_size
 from recsys_edu.distributed.embedding_types import EmbeddingComputeKernel
 from recsys_edu.distributed.layout import Layout, Output, ShardedTable
-from recsys_edu.distributed.sharding.tiling import shards_from, validate
+from recsys_edu.distributed.sharding.tiling import Shard, shards_from, validate
 from recsys_edu.distributed.types import ParameterSharding
 from recsys_edu.kernels.spec import KernelSpec, OptimizerSpec, TableSpec
 from recsys_edu.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
@@ -80,13 +82,14 @@ class Tables:
     configs: Mapping[str, BaseEmbeddingConfig]
 
     @property
+    def local_outputs(self) -> list[Output]:
+        """The outputs that this rank's own copies give, in config order."""
+        return [o for o in self.layout.outputs if o.table.everywhere or o.table.name in self.replicated]
+
+    @property
     def local_columns(self) -> tuple[slice, ...]:
-        """Where the replicated tables' columns lie in the output."""
-        return tuple(
-            slice(output.column, output.column + output.table.num_columns)
-            for output in self.layout.outputs
-            if output.table.name in self.replicated
-        )
+        """Where their columns lie in the answer."""
+        return tuple(slice(o.column, o.column + o.table.num_columns) for o in self.local_outputs)
 
     def replica_outputs(self) -> list[Output]:
         """The outputs that replicated tables give, in config order."""
@@ -139,11 +142,14 @@ def plan_tables(
     for config in configs:
         rows, columns = config.num_embeddings, config.embedding_dim
         shards = shards_from(config.name, plan[config.name], rows, columns)
+        everywhere = not shards and bool(sources[config.name].marks[0])
         if shards:
             validate(shards, rows, columns, world_size, config.name)
+        elif everywhere:
+            shards = [Shard(config.name, range(rows), range(columns), rank) for rank in range(world_size)]
         else:
             replicated.append(config.name)
-        fused = shards and plan[config.name].compute_kernel != EmbeddingComputeKernel.DENSE.value
+        fused = everywhere or (shards and plan[config.name].compute_kernel != EmbeddingComputeKernel.DENSE.value)
         optimizer = sources[config.name].optimizer if fused else None
         tables.append(
             ShardedTable(
@@ -155,6 +161,7 @@ def plan_tables(
                 mean=getattr(config, "pooling", PoolingType.NONE) is PoolingType.MEAN,
                 data_type=config.data_type,
                 optimizer=optimizer,
+                everywhere=everywhere,
             )
         )
     pooled = all(hasattr(config, "pooling") for config in configs)
