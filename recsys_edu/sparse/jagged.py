@@ -244,11 +244,24 @@ def _expect_leaves(name: str, leaves: object, expected: int) -> list:
     return leaves
 
 
+def flat_parts(jagged: object) -> list[Tensor | None]:
+    """What a (Keyed)JaggedTensor is as a tree: values, weights, lengths and an empty place for the offsets.
+
+    Lengths stay cached in the batch, so that flattening twice gives the same tensors. A tree may hold stand-ins
+    without any structure; they stay as they are.
+    """
+    has_structure = jagged._lengths is not None or jagged._offsets is not None
+    return [jagged._values, jagged._weights, jagged.lengths() if has_structure else None, None]
+
+
 register_pytree_node(
     JaggedTensor,
-    lambda jt: (list(jt._parts()), None),
+    lambda jt: (flat_parts(jt), None),
     _unflatten,
     serialized_type_name="recsys_edu.sparse.jagged_tensor.JaggedTensor",
-    flatten_with_keys_fn=lambda jt: ([(GetAttrKey(part), getattr(jt, part)) for part in PARTS], None),
+    flatten_with_keys_fn=lambda jt: (
+        [(GetAttrKey(part), leaf) for part, leaf in zip(PARTS, flat_parts(jt))],
+        None,
+    ),
 )
-register_pytree_flatten_spec(JaggedTensor, lambda jt, spec: list(jt._parts()))
+register_pytree_flatten_spec(JaggedTensor, lambda jt, spec: flat_parts(jt))

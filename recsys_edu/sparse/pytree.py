@@ -1,7 +1,9 @@
 """KeyedJaggedTensor and KeyedTensor as trees of tensors: what torch.export, torch.compile and vmap see.
 
 A KeyedJaggedTensor is always six leaves (values, weights, lengths, offsets, strides, inverse indices), absent
-ones None; its keys are the tree's context. So one exported graph serves every batch of the same keys.
+ones None; its keys are the tree's context. So one exported graph serves every batch of the same keys. The place of
+the offsets is TorchRec's, and always empty: the structure travels as lengths, whatever the batch was made from and
+whatever it has computed since.
 (JaggedTensor registers itself in `jagged.py`.)
 """
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.fx._pytree import register_pytree_flatten_spec
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 
-from recsys_edu.sparse.jagged import JaggedTensor, _expect_leaves
+from recsys_edu.sparse.jagged import JaggedTensor, _expect_leaves, flat_parts
 from recsys_edu.sparse.keyed import KeyedTensor
 from recsys_edu.sparse.keyed_jagged import KeyedJaggedTensor, trusted_keyed
 from recsys_edu.sparse.rearrange import select_inverse
@@ -27,7 +29,7 @@ def _flatten_kjt(kjt: KeyedJaggedTensor) -> tuple[list[Tensor | None], list[str]
     if strides is not None and not isinstance(strides, Tensor):
         strides = torch.tensor(strides, dtype=torch.int32)
     inverse = select_inverse(kjt, kjt.keys())  # its own keys travel as the batch's keys
-    return [*kjt._parts(), strides, None if inverse is None else inverse[1]], kjt.keys()
+    return [*flat_parts(kjt), strides, None if inverse is None else inverse[1]], kjt.keys()
 
 
 def _unflatten_kjt(leaves: object, keys: list[str]) -> KeyedJaggedTensor:

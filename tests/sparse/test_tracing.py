@@ -54,6 +54,34 @@ def test_variable_batch_survives_the_tree():
     assert again.inverse_indices()[1].tolist() == [[0, 1], [0, 0]]  # its rows follow the batch's keys
 
 
+def from_offsets(lengths=(1, 0, 2, 0)) -> KeyedJaggedTensor:
+    fresh = make(lengths)
+    return KeyedJaggedTensor(fresh.keys(), fresh.values(), offsets=fresh.offsets())
+
+
+def with_caches(lengths=(1, 0, 2, 0)) -> KeyedJaggedTensor:
+    kjt = make(lengths).sync()
+    kjt.offsets()
+    return kjt
+
+
+def test_the_tree_does_not_depend_on_what_was_computed_before():
+    expected, spec = pytree.tree_flatten(make())
+    for kjt in (with_caches(), from_offsets()):
+        leaves, other_spec = pytree.tree_flatten(kjt)
+        assert spec == other_spec
+        assert [leaf is None for leaf in leaves] == [leaf is None for leaf in expected]
+        assert leaves[2].tolist() == expected[2].tolist()
+        assert leaves[2] is pytree.tree_leaves(kjt)[2]  # the same tensor each time
+        assert kjt_is_equal(pytree.tree_unflatten(leaves, other_spec), make())
+    computed = JaggedTensor(torch.arange(3), offsets=torch.tensor([0, 1, 3]))
+    fresh = JaggedTensor(torch.arange(3), lengths=torch.tensor([1, 2]))
+    assert [leaf is None for leaf in pytree.tree_leaves(computed)] == [
+        leaf is None for leaf in pytree.tree_leaves(fresh)
+    ]
+    assert jt_is_equal(pytree.tree_map(lambda leaf: leaf, computed), fresh)
+
+
 def test_wrong_number_of_leaves():
     for instance in (make(), JaggedTensor.empty(), KeyedTensor(["x"], [2], torch.ones(1, 2))):
         leaves, context = pytree.SUPPORTED_NODES[type(instance)].flatten_fn(instance)
@@ -118,6 +146,14 @@ class TakeApart(nn.Module):
 def test_export_takes_a_batch_and_gives_a_keyed_tensor(strict):
     exported = torch.export.export(Lookup(), (make(),), strict=strict)
     assert torch.equal(exported.module()(make()).values(), Lookup()(make()).values())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("traced, run", [(make, with_caches), (with_caches, make), (from_offsets, make),
+                                         (make, from_offsets)])  # fmt: skip
+def test_an_exported_graph_takes_fresh_and_used_batches(traced, run, strict):
+    exported = torch.export.export(Lookup(), (traced(),), strict=strict)
+    assert torch.equal(exported.module()(run((0, 1, 1, 1))).values(), Lookup()(make((0, 1, 1, 1))).values())
 
 
 def test_one_exported_graph_serves_other_batch_sizes_and_survives_the_disk():
