@@ -29,7 +29,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import OURS, THEIRS, Gate, best, medians, parse_arguments, ratio, report
+from benchmarks.common import CLOCKS, OURS, THEIRS, Gate, best, medians, parse_arguments, ratio, report
 from benchmarks.dlrm_step import (
     TINY_LAYERS,
     Layers,
@@ -92,7 +92,7 @@ def count_collectives(step: Step) -> dict[str, int]:
     return dict(Counter(names))
 
 
-def time_ranks(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+def time_ranks(steps: dict[str, Step], rounds: int, now: Callable[[], float]) -> dict[str, list[float]]:
     """Milliseconds of the slower rank, per library and round. Every rank gets the same numbers."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     deadline, order = time.monotonic() + LIMIT_S, list(steps)
@@ -103,15 +103,15 @@ def time_ranks(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
             break
         for name in order if turn % 2 else order[::-1]:
             dist.barrier()
-            start = time.perf_counter()
+            start = now()
             steps[name]()
-            elapsed = torch.tensor((time.perf_counter() - start) * 1e3)
+            elapsed = torch.tensor((now() - start) * 1e3)
             dist.all_reduce(elapsed, dist.ReduceOp.MAX)
             samples[name].append(elapsed.item())
     return samples
 
 
-def run_rank(rank: int, store: str, tiny: bool, rounds: int, threads: int, answers: Any) -> None:
+def run_rank(rank: int, store: str, tiny: bool, rounds: int, threads: int, clock: str, answers: Any) -> None:
     """A rank's whole life; rank 0 answers with a list of findings, one per sharding type."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -135,7 +135,7 @@ def run_rank(rank: int, store: str, tiny: bool, rounds: int, threads: int, answe
                 if name == OURS:
                     raise
                 refusals[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-        findings.append((sharding, time_ranks(steps, rounds), collectives, refusals))
+        findings.append((sharding, time_ranks(steps, rounds, CLOCKS[clock]), collectives, refusals))
         del steps, step
         gc.collect()
     dist.barrier()
@@ -149,7 +149,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the ranks' profilers announce themselves
     answers = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        settings = (f"file://{folder}/store", arguments.tiny, arguments.rounds, arguments.threads, answers)
+        settings = (
+            f"file://{folder}/store",
+            arguments.tiny,
+            arguments.rounds,
+            arguments.threads,
+            arguments.clock,
+            answers,
+        )
         ranks = multiprocessing.spawn(run_rank, settings, nprocs=WORLD_SIZE, join=False)
         findings = answers.get() if _answered(ranks, answers) else []
         ranks.join()

@@ -246,7 +246,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         for pooling in (1, 10):
             examples = [random_examples(sizes, pooling, seed) for seed in range(NUM_BATCHES)]
-            samples = time_samples(contestants(sizes, layers, examples), arguments.rounds, 0.0, LIMIT_S)
+            samples = time_samples(
+                contestants(sizes, layers, examples), arguments.rounds, 0.0, LIMIT_S, arguments.clock
+            )
             fastest = best(samples)
             rows += [
                 {

@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = [random_bags(sizes, pooling, seed) for seed in range(NUM_BATCHES)]
         gathered_bytes = batches[0].values_N.numel() * sizes.dim * 4
         for phase, make in (("forward", forward_contestants), ("forward + backward", training_contestants)):
-            samples = time_samples(make(sizes, batches), arguments.rounds, limit_s=LIMIT_S)
+            samples = time_samples(make(sizes, batches), arguments.rounds, limit_s=LIMIT_S, clock=arguments.clock)
             fastest = best(samples)
             for name, milliseconds in medians(samples).items():
                 rows.append(

@@ -4,7 +4,7 @@
                                                             +-- InteractionArch -- OverArch (MLP) -- logit [B, 1]
     sparse KJT ------ SparseArch (tables) ---- [B, F, D] ---+
 
-Shapes: B batch, I dense inputs, F sparse features, D embedding columns, P = (F + 1) * F / 2 pairs.
+Shapes: B batch, I dense inputs, F sparse features, V = F + 1 vectors, D columns, P = V * F / 2 pairs.
 """
 
 from __future__ import annotations
@@ -95,10 +95,55 @@ class InteractionArch(nn.Module):
     def forward(self, dense_features: torch.Tensor, sparse_features: torch.Tensor) -> torch.Tensor:
         if self.F <= 0:
             return dense_features
-        vectors = torch.cat((dense_features.unsqueeze(1), sparse_features), dim=1)
-        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
-        pairs_BP = products.index_select(1, pair_positions(self.F + 1, products.device))
-        return torch.cat((dense_features, pairs_BP), dim=1)
+        vectors_BVD = torch.cat((dense_features.unsqueeze(1), sparse_features), dim=1)
+        return torch.cat((dense_features, pair_products(vectors_BVD)), dim=1)
+
+
+def pair_products(vectors_BVD: torch.Tensor) -> torch.Tensor:
+    """The dot product of every pair i < j of an example's vectors, [B, P].
+
+    >>> pair_products(torch.tensor([[[1.0, 0.0], [2.0, 1.0], [0.0, 3.0]]]))          # 0.1, 0.2, 1.2
+    tensor([[2., 0., 3.]])
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _PairProducts.apply(vectors_BVD)
+    return _pair_products(vectors_BVD)
+
+
+torch.fx.wrap("pair_products")  # a trace keeps it as one call: which way it goes is known when it runs
+
+
+def _pair_products(vectors_BVD: torch.Tensor) -> torch.Tensor:
+    products_BVV = torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2))
+    return products_BVV.flatten(1).index_select(1, pair_positions(vectors_BVD.shape[1], vectors_BVD.device))
+
+
+class _PairProducts(torch.autograd.Function):
+    """`_pair_products` with a cheaper backward.
+
+    V Vt is symmetric. Write each pair's gradient on both sides of the diagonal, G, and V's gradient is G V: one batched
+    product where autograd, which cannot know of the symmetry, takes two.
+    """
+
+    @staticmethod
+    def forward(vectors_BVD: torch.Tensor) -> torch.Tensor:
+        return _pair_products(vectors_BVD)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient_BP: torch.Tensor) -> torch.Tensor:
+        (vectors_BVD,) = ctx.saved_tensors
+        num_vectors, num_pairs = vectors_BVD.shape[1], gradient_BP.shape[1]
+        positions_P = pair_positions(num_vectors, gradient_BP.device)
+        pair_VV = torch.full((num_vectors, num_vectors), num_pairs, device=gradient_BP.device)
+        pair_VV.view(-1)[positions_P] = torch.arange(num_pairs, device=gradient_BP.device)
+        pair_VV = torch.minimum(pair_VV, pair_VV.t())  # the diagonal keeps num_pairs: a column of zeros
+        gradient_BVV = nn.functional.pad(gradient_BP, (0, 1)).index_select(1, pair_VV.flatten())
+        gradient_BVV = gradient_BVV.view(-1, num_vectors, num_vectors)
+        return torch.bmm(gradient_BVV.to(vectors_BVD.dtype), vectors_BVD)  # autocast gives narrower gradients
 
 
 def pair_positions(num_vectors: int, device: torch.device) -> torch.Tensor:
