@@ -21,7 +21,7 @@ from recsys_edu.distributed.pending import PendingJaggedTensors
 from recsys_edu.distributed.sequence_assembly import SequenceAssembly, StartSequence, WaitSequence
 from recsys_edu.distributed.shards import ShardedTables
 from recsys_edu.distributed.tables import table_source
-from recsys_edu.distributed.types import ParameterSharding, ShardedModule, ShardingEnv
+from recsys_edu.distributed.types import CommOp, ParameterSharding, ShardedModule, ShardingEnv
 from recsys_edu.modules.embedding_configs import EmbeddingConfig
 from recsys_edu.modules.embedding_modules import EmbeddingCollection, get_embedding_names_by_table
 from recsys_edu.optim.keyed import KeyedOptimizer
@@ -59,12 +59,13 @@ class ShardedEmbeddingCollection(nn.Module):
             prefix="embeddings",
             name=module_fqn,
         )
+        self._codecs = (qcomm_codecs_registry or {}).get(CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name)
         self._take(shards, module.need_indices())
 
     def _take(self, shards: ShardedTables, need_indices: bool) -> None:
         self._shards, self._lookup, self._exchange = shards, shards.lookup, shards.exchange
         self._need_indices = need_indices
-        self._assembly = SequenceAssembly(shards.layout)
+        self._assembly = SequenceAssembly(shards.layout, self._codecs)
         self._names = [name for names in get_embedding_names_by_table(shards.configs) for name in names]
         self._anchor = torch.zeros(0, requires_grad=True, device=shards.device)
         self.embeddings = shards.modules
@@ -73,6 +74,7 @@ class ShardedEmbeddingCollection(nn.Module):
         """The same collection under another plan, its shards not yet filled (`resharding.reshard_module` does that)."""
         fresh = ShardedEmbeddingCollection.__new__(ShardedEmbeddingCollection)
         nn.Module.__init__(fresh)
+        fresh._codecs = self._codecs
         fresh._take(self._shards.with_plan(plan), self._need_indices)
         return fresh
 
@@ -101,7 +103,7 @@ class ShardedEmbeddingCollection(nn.Module):
         copies = [answer for answer, kernel in zip(flight.results, kernels) if kernel.everywhere]
         shared = [answer for answer, kernel in zip(flight.results, kernels) if not kernel.everywhere]
         rows = [answer.rows for answer in shared]
-        flight.returned = (StartSequence.apply(self._anchor, flight, self._exchange, shared, *rows),)
+        flight.returned = (StartSequence.apply(self._anchor, flight, self._exchange, self._assembly, shared, *rows),)
         self._shards.replicas.keep(flight, copies, self._exchange)
 
     def finish(self, flight: Flight) -> dict[str, JaggedTensor]:

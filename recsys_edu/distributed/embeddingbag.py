@@ -22,7 +22,7 @@ from recsys_edu.distributed.pending import PendingKeyedTensor
 from recsys_edu.distributed.pooled_assembly import PooledAssembly, StartPooled, WaitPooled
 from recsys_edu.distributed.shards import ShardedTables
 from recsys_edu.distributed.tables import table_source
-from recsys_edu.distributed.types import ParameterSharding, ShardedModule, ShardingEnv
+from recsys_edu.distributed.types import CommOp, ParameterSharding, ShardedModule, ShardingEnv
 from recsys_edu.modules.embedding_configs import EmbeddingBagConfig
 from recsys_edu.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from recsys_edu.optim.keyed import KeyedOptimizer
@@ -62,6 +62,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
         weights = {name: bag.weight for name, bag in module.embedding_bags.items()}
         sources = {name: table_source(weight, fused_params, name) for name, weight in weights.items()}
         exchange, device = exchange or GroupExchange(env.process_group), device or torch.device("cpu")
+        self._codecs = (qcomm_codecs_registry or {}).get(CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL.name)
         self._take(
             ShardedTables(
                 module.embedding_bag_configs(),
@@ -79,7 +80,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
     def _take(self, shards: ShardedTables) -> None:
         self._shards, self._lookup, self._exchange = shards, shards.lookup, shards.exchange
         layout = shards.layout
-        self._assembly = PooledAssembly(layout, shards.tables.local_columns)
+        self._assembly = PooledAssembly(layout, shards.tables.local_columns, self._codecs)
         self._hosts = HostSums(layout, shards.exchange.rank) if any(layout.width_H) else None
         kernels = shards.lookup.rank_kernels
         # A rank without lanes still answers: one block of no columns.
@@ -94,6 +95,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
         """The same collection under another plan, its shards not yet filled (`resharding.reshard_module` does that)."""
         fresh = ShardedEmbeddingBagCollection.__new__(ShardedEmbeddingBagCollection)
         nn.Module.__init__(fresh)
+        fresh._codecs = self._codecs
         fresh._take(self._shards.with_plan(plan))
         return fresh
 

@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from recsys_edu.distributed.types import NoOpQuantizedCommCodec, QuantizedCommCodec, QuantizedCommCodecs
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,57 @@ class Exchange(Protocol):
     def start(self, send: Tensor, send_W: Sequence[int], receive_W: Sequence[int], label: str) -> Transfer:
         """Begin to send `send_W[r]` elements of the 1-D tensor `send` to every rank r, in rank order."""
         ...
+
+
+Block = tuple[int, int]  # rows, columns
+
+
+def used_codecs(
+    codecs: QuantizedCommCodecs | None,
+) -> tuple[QuantizedCommCodec | None, QuantizedCommCodec | None]:
+    """The codecs for forward and backward, None where nothing is to be encoded."""
+    pair = (codecs.forward, codecs.backward) if codecs else (None, None)
+    return tuple(None if isinstance(codec, NoOpQuantizedCommCodec) else codec for codec in pair)
+
+
+def start_rows(
+    exchange: Exchange,
+    codec: QuantizedCommCodec | None,
+    send: Tensor,
+    send_blocks_W: Sequence[Sequence[Block]],
+    receive_blocks_W: Sequence[Sequence[Block]],
+    label: str,
+) -> Transfer:
+    """Start to exchange blocks of float rows, in the precision of `codec` (None: as they are).
+
+    Args:
+        send: 1-D, the blocks for rank 0, then those for rank 1, ...
+        send_blocks_W, receive_blocks_W: (rows, columns) of each block, per rank.
+    """
+    if codec is None:
+        return exchange.start(send, _sizes(send_blocks_W), _sizes(receive_blocks_W), label)
+    width = codec.calc_quantized_size
+    encoded = [codec.encode(rows).flatten() for rows in _views(send, send_blocks_W, int)]
+    packed = torch.cat(encoded) if encoded else send.new_empty(0, dtype=codec.quantized_dtype)
+    transfer = exchange.start(packed, _sizes(send_blocks_W, width), _sizes(receive_blocks_W, width), label)
+    received = send.new_empty(sum(_sizes(receive_blocks_W)))
+
+    def finish() -> None:
+        transfer.finish()
+        places = _views(received.detach(), receive_blocks_W, int)
+        for place, rows in zip(places, _views(transfer.received, receive_blocks_W, width)):
+            place.copy_(codec.decode(rows))
+
+    return Transfer(received, finish)
+
+
+def _sizes(blocks_W: Sequence[Sequence[Block]], width: Callable[[int], int] = int) -> list[int]:
+    return [sum(rows * width(columns) for rows, columns in blocks) for blocks in blocks_W]
+
+
+def _views(flat: Tensor, blocks_W: Sequence[Sequence[Block]], width: Callable[[int], int]) -> list[Tensor]:
+    shapes = [(rows, width(columns)) for blocks in blocks_W for rows, columns in blocks]
+    return [part.view(shape) for part, shape in zip(flat.split([r * c for r, c in shapes]), shapes)]
 
 
 @dataclass

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from recsys_edu.distributed.exchange import Exchange, Transfer
+from recsys_edu.distributed.exchange import Block, Exchange, Transfer
 from recsys_edu.distributed.layout import Layout
 from recsys_edu.distributed.routing import Router, Wire, offsets_of, pad_to_common_batch
 from recsys_edu.kernels import make_kernel
@@ -71,15 +71,15 @@ class Flight:
     under_way: dict[str, Transfer] = field(default_factory=dict)
     """Started transfers of answers and of gradients, by what they carry."""
     places: Places | None = None
-    answer_elements_W: list[int] = field(default_factory=list)
-    """Sequences only: where returned rows go, and how many numbers each rank gets from this one."""
+    answered_W: list[list[Block]] = field(default_factory=list)
+    """Sequences only: where returned rows go, and the blocks of rows that each rank gets from this one."""
 
     @property
     def batch_size(self) -> int:
         return self.wire.batch_size
 
     def land(self) -> tuple[Tensor, ...]:
-        """The returned buffers, for the last phase; the flight, which autograd's nodes hold, lets go of their tensors."""
+        """The returned buffers, for the last phase; the flight, which autograd holds, lets go of their tensors."""
         returned, self.returned, self.results, self.kept, self.weights = self.returned, (), [], [], None
         return returned
 

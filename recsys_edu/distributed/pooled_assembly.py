@@ -19,9 +19,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from recsys_edu.distributed.exchange import Exchange
+from recsys_edu.distributed.exchange import Exchange, start_rows, used_codecs
 from recsys_edu.distributed.flight import Flight
 from recsys_edu.distributed.layout import Lane, Layout
+from recsys_edu.distributed.types import QuantizedCommCodecs
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,14 @@ class PooledAssembly:
 
     Args:
         layout: the lanes.
+        codecs: precision of what travels; default: as computed.
         local_columns: output columns filled from this rank's own copies (data-parallel tables), in order.
     """
 
-    def __init__(self, layout: Layout, local_columns: tuple[slice, ...] = ()) -> None:
+    def __init__(
+        self, layout: Layout, local_columns: tuple[slice, ...] = (), codecs: QuantizedCommCodecs | None = None
+    ) -> None:
+        self.forward_codec, self.backward_codec = used_codecs(codecs)
         self.width_S = [*layout.width_W, *layout.width_H]
         self.width_W = layout.width_W
         self.runs = column_runs(layout)
@@ -133,10 +138,10 @@ class StartPooled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pooled: Tensor, anchor: Tensor, flight: Flight, exchange: Exchange, assembly: PooledAssembly):
         ctx.flight, ctx.shape = flight, pooled.shape
-        width = pooled.shape[1]
-        send_W = [batch_size * width for batch_size in flight.batch_sizes_W]
-        receive_W = [flight.batch_size * width for width in assembly.width_W]
-        transfer = exchange.start(pooled.flatten(), send_W, receive_W, "pooled embeddings")
+        send_W = [[(batch_size, pooled.shape[1])] for batch_size in flight.batch_sizes_W]
+        receive_W = [[(flight.batch_size, width)] for width in assembly.width_W]
+        codec = assembly.forward_codec
+        transfer = start_rows(exchange, codec, pooled.flatten(), send_W, receive_W, "pooled embeddings")
         flight.under_way["pooled"] = transfer
         return transfer.received.view(-1)
 
@@ -177,10 +182,10 @@ class WaitPooled(torch.autograd.Function):
             # One process with W times the batch would divide its mean loss by W times as many examples; so does DDP.
             pieces = pieces / exchange.world_size
         alone = flight.batch_size * sum(assembly.width_W)
-        send_W = [flight.batch_size * width for width in assembly.width_W]
-        receive_W = [batch_size * assembly.width_W[exchange.rank] for batch_size in flight.batch_sizes_W]
-        flight.under_way["gradients of pooled"] = exchange.start(
-            pieces[:alone], send_W, receive_W, "gradients of pooled embeddings"
+        send_W = [[(flight.batch_size, width)] for width in assembly.width_W]
+        receive_W = [[(batch_size, assembly.width_W[exchange.rank])] for batch_size in flight.batch_sizes_W]
+        flight.under_way["gradients of pooled"] = start_rows(
+            exchange, assembly.backward_codec, pieces[:alone], send_W, receive_W, "gradients of pooled embeddings"
         )
         if ctx.hosts is None:
             return local, None, None, None, None, pieces

@@ -1,7 +1,7 @@
 """Sequence assembly: one row piece per id comes back, and each goes to the place its id came from.
 
 The same lanes as on the way in, backwards: un-permute, all-to-all with the sizes swapped, scatter by source position.
-Start and wait are two autograd functions, as in assembly.py.
+Start and wait are two autograd functions, as in pooled_assembly.py.
 
 Suffixes: D columns, W ranks, N ids sent, M ids received, l lanes of this rank.
 """
@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from recsys_edu.distributed.exchange import Exchange
+from recsys_edu.distributed.exchange import Block, Exchange, start_rows, used_codecs
 from recsys_edu.distributed.flight import Flight, KernelAnswer
 from recsys_edu.distributed.layout import Layout
+from recsys_edu.distributed.types import QuantizedCommCodecs
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Places:
     num_rows: int
     rows_of_run: list[int]
     place_of_run: tuple[Tensor, ...]
-    returned_W: list[int]
+    returned_W: list[list[Block]]
     local_rows: list[slice]
 
 
@@ -67,8 +68,9 @@ class SequenceAssembly:
     then those of output 1, and so on.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, codecs: QuantizedCommCodecs | None = None) -> None:
         self.layout = layout
+        self.forward_codec, self.backward_codec = used_codecs(codecs)
         self.runs = row_runs(layout)
         self.num_columns = layout.tables[0].num_columns if layout.tables else 0
 
@@ -93,9 +95,10 @@ class SequenceAssembly:
             shift_L, total_L = (torch.tensor(values, device=place_N.device) for values in (shifts, totals_L))
             place_N = place_N + torch.repeat_interleave(shift_L, total_L, output_size=place_N.numel())
         rows_of_run = [sum(totals_L[run.lanes]) for run in self.runs]
-        returned_W = [0] * self.layout.world_size
+        returned_W: list[list[Block]] = [[] for _ in range(self.layout.world_size)]
         for run, rows in zip(self.runs, rows_of_run):
-            returned_W[run.rank] += 0 if run.everywhere else rows * run.width
+            if not run.everywhere:
+                returned_W[run.rank].append((rows, run.width))
         return Places(num_rows, rows_of_run, place_N.split(rows_of_run), returned_W, local_rows)
 
     def scatter(self, pieces: Tensor, local: Tensor | None, places: Places) -> Tensor:
@@ -110,7 +113,7 @@ class SequenceAssembly:
 
     def gather(self, gradient: Tensor, places: Places) -> Tensor:
         """The adjoint of `scatter`: every returned row piece gets the gradient of the place it went to."""
-        pieces = gradient.new_empty(sum(places.returned_W))
+        pieces = gradient.new_empty(sum(rows * columns for blocks in places.returned_W for rows, columns in blocks))
         for run, place, piece in self._pieces(pieces, places):
             piece.copy_(gradient[:, run.columns].index_select(0, place))
         return pieces
@@ -129,8 +132,7 @@ class WireOrder:
 
     def __init__(self, answers: list[KernelAnswer], world_size: int) -> None:
         self.answers = answers
-        self.sizes_Wk = [[answer.counts_W[r] * answer.rows.shape[1] for answer in answers] for r in range(world_size)]
-        self.elements_W = [sum(sizes) for sizes in self.sizes_Wk]
+        self.blocks_W = [[(answer.counts_W[r], answer.rows.shape[1]) for answer in answers] for r in range(world_size)]
 
     def pack(self) -> Tensor:
         """Rows of all kernels, flat, destination rank after destination rank."""
@@ -142,7 +144,8 @@ class WireOrder:
 
     def unpack(self, flat: Tensor) -> list[Tensor]:
         """The adjoint of `pack`: gradients of every kernel's rows, as the kernel gave them."""
-        pieces_Wk = [piece.split(sizes) for piece, sizes in zip(flat.split(self.elements_W), self.sizes_Wk)]
+        sizes_Wk = [[rows * columns for rows, columns in blocks] for blocks in self.blocks_W]
+        pieces_Wk = [piece.split(sizes) for piece, sizes in zip(flat.split([sum(s) for s in sizes_Wk]), sizes_Wk)]
         gradients = []
         for k, answer in enumerate(self.answers):
             wire = torch.cat([pieces[k] for pieces in pieces_Wk]).view(answer.rows.shape)
@@ -155,18 +158,20 @@ class StartSequence(torch.autograd.Function):
     """Start to return looked-up rows to the ranks whose ids they answer; backward waits for their gradients."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, flight: Flight, exchange: Exchange, answers: list[KernelAnswer], *rows: Tensor):
+    def forward(ctx, anchor: Tensor, flight: Flight, exchange: Exchange, assembly: SequenceAssembly, answers, *rows):
         ctx.flight, ctx.order = flight, WireOrder(answers, exchange.world_size)
-        flight.answer_elements_W = ctx.order.elements_W
+        flight.answered_W = ctx.order.blocks_W
         send = ctx.order.pack() if answers else anchor.detach()
-        transfer = exchange.start(send, ctx.order.elements_W, flight.places.returned_W, "sequence embeddings")
+        transfer = start_rows(
+            exchange, assembly.forward_codec, send, ctx.order.blocks_W, flight.places.returned_W, "sequence embeddings"
+        )
         flight.under_way["rows"] = transfer
         return transfer.received.view(-1)
 
     @staticmethod
     def backward(ctx, placeholder: Tensor):
         flat = ctx.flight.under_way["gradients of rows"].wait()
-        return None, None, None, None, *(ctx.order.unpack(flat) if ctx.order.answers else ())
+        return None, None, None, None, None, *(ctx.order.unpack(flat) if ctx.order.answers else ())
 
 
 class WaitSequence(torch.autograd.Function):
@@ -184,8 +189,9 @@ class WaitSequence(torch.autograd.Function):
         pieces = ctx.assembly.gather(gradient, flight.places)
         if exchange.world_size > 1:
             pieces.div_(exchange.world_size)  # as in WaitPooled: the mean over W batches
-        flight.under_way["gradients of rows"] = exchange.start(
-            pieces, flight.places.returned_W, flight.answer_elements_W, "gradients of sequence embeddings"
+        codec = ctx.assembly.backward_codec
+        flight.under_way["gradients of rows"] = start_rows(
+            exchange, codec, pieces, flight.places.returned_W, flight.answered_W, "gradients of sequence embeddings"
         )
         local = torch.cat([gradient[rows] for rows in flight.places.local_rows]) if ctx.has_local else None
         return pieces, local, None, None, None
