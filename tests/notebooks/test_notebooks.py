@@ -69,7 +69,7 @@ def runs(tmp_path_factory):
     except DataUnavailableError as error:
         pytest.skip(f"the notebooks read MovieLens-100K: {error}")
     out = tmp_path_factory.mktemp("notebooks")
-    return dict(zip(EVERY, run_notebooks(EVERY, {"profile": "ci"}, out, timeout_s=240)))
+    return dict(zip(EVERY, run_notebooks(EVERY, {"profile": "ci"}, out, timeout_s=600)))
 
 
 @pytest.mark.notebook
