@@ -46,6 +46,7 @@ from recsys_edu.notebook.rank_results import CellOutput, RankError, RankOutput
 # Once a rank has failed: how long the others may go on by themselves, and how long after each push to end.
 GRACE_SECONDS = 2.0
 START_SECONDS = 60.0
+ANSWER_SECONDS = 5.0
 DIED = "its process ended"
 
 
@@ -191,7 +192,7 @@ class Cluster:
         outputs = cell.outputs()
         lost = sorted(set(range(self.world_size)) - set(self._processes.alive()))
         failed = [output for output in outputs if output.failure]
-        if not (failed or hung or lost or interrupted):
+        if not (failed or lost or hung is not None):
             return CellOutput(outputs)
         renewed = not lost and (cell.broken_up or self._out_of_step())
         if renewed:
@@ -218,12 +219,15 @@ class _Cell:
         self.processes, self.ranks, self.local_size = processes, ranks, local_size
         self.pending = {rank: processes.view(rank).execute(code, silent=False, block=False) for rank in ranks}
         self.running = set(ranks)
-        self.died: list[int] = []
         self.failed_first: int | None = None
         self.broken_up = False
 
-    def wait(self, timeout: float, progress: Callable[[CellOutput], None] | None) -> dict[int, Place]:
-        """Wait until every rank has ended, or cannot: returns where those are that ran into the time limit."""
+    @property
+    def died(self) -> list[int]:
+        return [rank for rank in self.ranks if rank not in self.processes.lines]
+
+    def wait(self, timeout: float, progress: Callable[[CellOutput], None] | None) -> dict[int, Place] | None:
+        """Wait until every rank has ended; at the time limit return where the others are, after a failure None."""
         deadline = time.monotonic() + timeout
         shown, next_show = "", time.monotonic() + 0.5
         while self.running:
@@ -232,20 +236,20 @@ class _Cell:
             if self.failed_first is not None:
                 deadline = min(deadline, now + GRACE_SECONDS)
             if now > deadline:
-                return self.places() if self.failed_first is None else {}
+                return self.places() if self.failed_first is None else None
             if progress is not None and now > next_show:
                 output = CellOutput(self.outputs())
                 if repr(output) != shown:
                     progress(output)
                 shown, next_show = repr(output), now + 0.5
-        return {}
+        return None
 
     def look(self) -> None:
         """Note who has ended or died, after a short wait."""
-        self.died += self.processes.newly_dead(0.02)
+        self.processes.notice_dead(0.02)
         ended = {rank for rank in self.running if rank in self.died or self.pending[rank].done()}
         self.running -= ended
-        died = [rank for rank in sorted(ended) if rank in self.died]
+        died = [rank for rank in self.died if rank in ended]
         failed = [rank for rank in sorted(ended - set(died)) if self.pending[rank].exception() is not None]
         failed.sort(key=lambda rank: self.pending[rank].metadata["completed"].timestamp())
         if died and self.failed_first not in self.died:
@@ -261,23 +265,20 @@ class _Cell:
     def break_up(self) -> None:
         """End what still runs: collectives by closing connections, Python by an interrupt, the rest by killing."""
         self.broken_up = True
-        begun = time.monotonic()
-        places = self.places()
+        deadline = time.monotonic() + 3 * GRACE_SECONDS
+        places = self.places()  # read before: an interrupt must not hit a rank that reports its broken collective
         for rank in self.processes.alive():
             self.processes.ask(rank, "hang up")
-        for rank, place in places.items():
-            if place.collective is None:
-                self.processes.ask(rank, "interrupt")
-        interrupted = False
-        while self.running and time.monotonic() < begun + 3 * GRACE_SECONDS:
-            self.look()
-            if not interrupted and time.monotonic() > begun + GRACE_SECONDS:
-                interrupted = True
-                for rank in self.running:
+        while self.running and time.monotonic() < deadline:
+            for rank, place in places.items():
+                if place.collective is None and rank in self.running:
                     self.processes.ask(rank, "interrupt")
+            next_interrupt = time.monotonic() + GRACE_SECONDS
+            while self.running and time.monotonic() < next_interrupt:
+                self.look()
+            places = self.places()
         for rank in sorted(self.running):
             self.processes.kill(rank)
-            self.died.append(rank)
         self.running.clear()
 
     def outputs(self) -> list[RankOutput]:
@@ -307,9 +308,9 @@ class _Cell:
             finished=rank not in self.running,
         )
 
-    def diagnosis(self, timeout: float, hung: Mapping[int, Place], interrupted: bool) -> tuple[str, int | None]:
+    def diagnosis(self, timeout: float, hung: Mapping[int, Place] | None, interrupted: bool) -> tuple[str, int | None]:
         """What happened, in words, and the rank to look at first."""
-        if hung or interrupted:
+        if hung is not None:
             return self._diagnose_hang("interrupted" if interrupted else f"time limit of {timeout:g} s", hung)
         failures = {output.rank: output.failure for output in self.outputs() if output.failure}
         first = self.failed_first
@@ -351,7 +352,7 @@ class _Processes:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self.folder = tempfile.TemporaryDirectory(prefix="recsys_edu_cluster_")
-        self.num_stores = 0
+        self.num_stores = self.num_requests = 0
         self.cluster: Any = None
         self.client: Any = None
         self.engine_ids: list[int] = []
@@ -403,23 +404,32 @@ class _Processes:
         return str(Path(self.folder.name) / f"store{self.num_stores}")
 
     def alive(self) -> list[int]:
-        self.newly_dead(0.0)
+        self.notice_dead(0.0)
         return list(self.lines)
 
-    def newly_dead(self, timeout: float) -> list[int]:
-        """Ranks whose line has closed; nobody speaks on a line without being asked."""
-        ready = wait(list(self.lines.values()), timeout)
-        dead = [rank for rank, line in self.lines.items() if line in ready]
-        for rank in dead:
-            self.lines.pop(rank).close()
-        return dead
+    def notice_dead(self, timeout: float) -> None:
+        """Drop the lines that have closed. An answer that came too late keeps its line."""
+        for line in wait(list(self.lines.values()), timeout):
+            try:
+                line.recv()
+            except (EOFError, OSError):
+                rank = next(rank for rank, one in self.lines.items() if one is line)
+                self.lines.pop(rank).close()
 
     def ask(self, rank: int, request: str) -> Any:
+        """A rank's answer, None from a dead one. One that cannot answer holds the interpreter's lock: it is killed."""
+        self.num_requests += 1
         try:
-            self.lines[rank].send(request)
-            return self.lines[rank].recv()
-        except (EOFError, OSError):
-            return None
+            line = self.lines[rank]
+            line.send((self.num_requests, request))
+            while line.poll(ANSWER_SECONDS):
+                number, answer = line.recv()
+                if number == self.num_requests:  # not the answer to a question that an interrupt cut short
+                    return answer
+            self.kill(rank)
+        except (KeyError, EOFError, OSError):
+            pass
+        return None
 
     def kill(self, rank: int) -> None:
         import psutil

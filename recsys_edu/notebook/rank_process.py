@@ -132,7 +132,7 @@ def listen(address: tuple[str, int], key: bytes) -> int:
 def _answer(connection: Connection, main_thread: int, before: set[tuple]) -> None:
     while True:
         try:
-            request = connection.recv()
+            number, request = connection.recv()
         except (EOFError, OSError):
             return
         reply: Any = None
@@ -147,7 +147,7 @@ def _answer(connection: Connection, main_thread: int, before: set[tuple]) -> Non
                 _interrupt(main_thread)
         except Exception as error:
             reply = error
-        connection.send(reply)
+        connection.send((number, reply))
 
 
 def find_place(innermost: FrameType) -> Place:

@@ -43,10 +43,9 @@ class RankOutput:
             body += _preformatted(self.failure, VERMILLION)
         if not self.finished:
             body += '<span style="opacity:.6">running ...</span>'
-        accent = VERMILLION if self.failure else colour(self.rank)
         return (
             f'<div style="display:flex;margin:3px 0"><div style="flex:none;width:6.5em;padding:2px .6em;'
-            f'border-left:5px solid {accent};font-weight:600">rank {self.rank}'
+            f'border-left:5px solid {colour(self.rank)};font-weight:600">rank {self.rank}'
             f'<div style="font-weight:400;font-size:85%;opacity:.7">host {self.host}</div></div>'
             f'<div style="flex:1;min-width:0;overflow-x:auto;padding:2px .6em">{body}</div></div>'
         )
@@ -96,7 +95,8 @@ def _preformatted(text: str, ink: str = "inherit") -> str:
     if not text.strip():
         return ""
     clean = html.escape(ANSI_ESCAPE.sub("", text.rstrip("\n")))
-    return f'<pre style="margin:0;background:transparent;color:{ink};white-space:pre-wrap">{clean}</pre>'
+    style = "margin:0;background:transparent;white-space:pre-wrap;font-family:monospace"
+    return f'<pre style="{style};color:{ink}">{clean}</pre>'
 
 
 def _bundle_html(bundle: Mapping[str, Any]) -> str:
