@@ -24,7 +24,13 @@ from recsys_edu.distributed.shards import ShardedTables
 from recsys_edu.distributed.tables import table_source
 from recsys_edu.distributed.types import CommOp, ParameterSharding, ShardedModule, ShardingEnv
 from recsys_edu.modules.embedding_configs import EmbeddingBagConfig
-from recsys_edu.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
+from recsys_edu.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    expand_batches,
+    get_embedding_names_by_table,
+    in_lane_order,
+    lanes_of,
+)
 from recsys_edu.optim.keyed import KeyedOptimizer
 from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
@@ -87,6 +93,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
         self._everywhere = [kernel.everywhere for kernel in kernels] or [False]
         self._widths_of_kernel = [kernel.widths for kernel in kernels if not kernel.everywhere] or [(0, 0)]
         self._names = [name for names in get_embedding_names_by_table(shards.configs) for name in names]
+        self._lanes = lanes_of(shards.configs)
         self._widths = [config.embedding_dim for config in shards.configs for _ in config.feature_names]
         self._anchor = torch.zeros(0, requires_grad=True, device=shards.device)
         self.embedding_bags = shards.modules
@@ -123,13 +130,16 @@ class ShardedEmbeddingBagCollection(nn.Module):
         self._lookup.lookup(flight)
         copies = [answer for answer, everywhere in zip(flight.results, self._everywhere) if everywhere]
         pooled = [answer.rows for answer, everywhere in zip(flight.results, self._everywhere) if not everywhere]
-        parts = [rows.split(list(widths), dim=1) for rows, widths in zip(pooled, self._widths_of_kernel)]
-        alone, partial = [list(blocks) for blocks in zip(*parts)] if parts else [[copies[0].rows[:, :0].detach()]] * 2
-        returned = StartPooled.apply(_side_by_side(alone), self._anchor, flight, self._exchange, self._assembly)
+        pooled = pooled or [copies[0].rows[:, :0].detach()]
+        partial: list[Tensor] = []
+        if self._hosts is not None:
+            parts = [rows.split(list(widths), dim=1) for rows, widths in zip(pooled, self._widths_of_kernel)]
+            pooled, partial = ([part[side] for part in parts] for side in (0, 1))
+        returned = StartPooled.apply(_side_by_side(pooled), self._anchor, flight, self._exchange, self._assembly)
         flight.returned = (returned,)
         if self._hosts is not None:
-            partial = _side_by_side(partial)
-            flight.returned += (SumInsideHost.apply(partial, self._anchor, flight, self._exchange, self._hosts),)
+            sums = SumInsideHost.apply(_side_by_side(partial), self._anchor, flight, self._exchange, self._hosts)
+            flight.returned += (sums,)
         self._shards.replicas.keep(flight, copies, self._exchange)
 
     def sum_hosts(self, flight: Flight) -> None:
@@ -142,7 +152,10 @@ class ShardedEmbeddingBagCollection(nn.Module):
     def finish(self, flight: Flight) -> Tensor:
         """Phase 5: wait for the returned columns and put them together, [B, D]."""
         local = self._shards.replicas.finish(flight, self._exchange)
-        return WaitPooled.apply(local, flight, self._exchange, self._assembly, self._hosts, *flight.land())
+        answer_BD = WaitPooled.apply(local, flight, self._exchange, self._assembly, self._hosts, *flight.land())
+        if flight.variable is None:
+            return answer_BD
+        return expand_batches(answer_BD, in_lane_order(flight.variable, self._lanes.features), self._lanes)
 
     @property
     def fused_optimizer(self) -> KeyedOptimizer:

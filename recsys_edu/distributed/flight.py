@@ -52,6 +52,8 @@ class Flight:
     kjt: KeyedJaggedTensor
     wire: Wire
     sizes: Transfer
+    variable: KeyedJaggedTensor | None = None
+    """The batch as it was given, where its features differ in batch size; `kjt` has them padded to a common one."""
     phase: int = 1
     sent_values_W: list[int] = field(default_factory=list)
     received_values_W: list[int] = field(default_factory=list)
@@ -111,10 +113,12 @@ class LaneLookup:
             smallest = rows_of_feature.get(output.feature, output.table.num_rows)
             rows_of_feature[output.feature] = min(smallest, output.table.num_rows)
         self._rows_of_feature = rows_of_feature
+        self._fewest_rows = min(rows_of_feature.values(), default=0)
 
     def start_input(self, kjt: KeyedJaggedTensor) -> Flight:
         """Phase 1: route the batch and start to tell every rank how much it will get."""
-        if kjt.variable_stride_per_key():
+        variable = kjt if kjt.variable_stride_per_key() else None
+        if variable is not None:
             kjt = pad_to_common_batch(kjt)
         if self.weighted and kjt.weights_or_none() is None:
             raise ValueError("this collection is_weighted, but the batch's KeyedJaggedTensor has no weights")
@@ -129,7 +133,7 @@ class LaneLookup:
         sizes_W4[:, 2:] = problem_2
         counts_W = [NUM_SIZES] * self.exchange.world_size
         sizes = self.exchange.start(sizes_W4.flatten(), counts_W, counts_W, "sizes")
-        flight = Flight(kjt, wire, sizes)
+        flight = Flight(kjt, wire, sizes, variable)
         flight.sent_values_W = values_W.tolist()  # host sync: all-to-all takes its split sizes from the host
         return flight
 
@@ -223,14 +227,20 @@ class LaneLookup:
     def _find_bad_id(self, kjt: KeyedJaggedTensor) -> Tensor:
         """[position of the feature + 1, id] of the first id that is no row of its table; [0, 0] when all are."""
         values_N = kjt.values()
+        nothing_bad = torch.zeros(2, dtype=torch.int64, device=values_N.device)
+        if values_N.numel() == 0:
+            return nothing_bad
+        low, high = torch.stack(values_N.aminmax()).tolist()  # host sync: one pass tells most batches are fine
+        if low >= 0 and high < self._fewest_rows:
+            return nothing_bad
         no_limit = torch.iinfo(torch.int64).max
         keys = kjt.keys()
         limits = torch.tensor([self._rows_of_feature.get(key, no_limit) for key in keys], device=values_N.device)
         lengths_F = torch.tensor(kjt.length_per_key(), device=values_N.device)
         limit_N = torch.repeat_interleave(limits, lengths_F, output_size=values_N.numel())
         bad_N = (values_N < 0) & (limit_N < no_limit) | (values_N >= limit_N)
-        if not bad_N.any():  # host sync: the usual case ends here
-            return torch.zeros(2, dtype=torch.int64, device=values_N.device)
+        if not bad_N.any():  # host sync: tables of different sizes end here
+            return nothing_bad
         first = int(bad_N.int().argmax())
         feature = int(torch.searchsorted(lengths_F.cumsum(0), first, right=True))
         key = self.layout.features.index(keys[feature])
