@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--profile", choices=PROFILES, default="ci")
     run.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     run.add_argument("--out", type=Path, default=None, help="where results go (default: notebooks/out)")
-    run.add_argument("--timeout", type=float, default=900, help="seconds allowed to each notebook (default: 900)")
+    run.add_argument("--timeout", type=float, default=1800, help="seconds allowed to each notebook (default: 1800)")
     run.add_argument("--jobs", type=int, default=None, help="how many at once (default: what memory allows)")
     run.add_argument("--no-html", action="store_true", help="write executed notebooks only")
     execute = commands.add_parser("execute", help="execute one notebook in this process")

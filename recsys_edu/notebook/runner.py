@@ -97,7 +97,7 @@ def run_notebooks(
     parameters: Mapping[str, Any],
     out: Path,
     *,
-    timeout_s: float = 900,
+    timeout_s: float = 1800,
     jobs: int | None = None,
 ) -> list[NotebookRun]:
     """Execute the notebooks with papermill, several at once where memory and cores allow, in the order given."""
