@@ -111,12 +111,13 @@ class ShardedEmbeddingCollection(nn.Module):
         local = self._shards.replicas.finish(flight, self._exchange)
         rows = WaitSequence.apply(*flight.land(), local, flight, self._exchange, self._assembly)
         kjt, answers, first = flight.kjt, {}, 0
-        lengths_FB = kjt.lengths().view(len(kjt.keys()), -1)
+        as_given = flight.variable if flight.variable is not None else kjt
+        lengths_F = as_given.lengths().split(as_given.stride_per_key())
         for name, output in zip(self._names, self._shards.layout.outputs):
             key = kjt.keys().index(output.feature)
             count, start = kjt.length_per_key()[key], kjt.offset_per_key()[key]
             ids = kjt.values()[start : start + count] if self._need_indices else None
-            answers[name] = JaggedTensor(rows[first : first + count], lengths=lengths_FB[key], weights=ids)
+            answers[name] = JaggedTensor(rows[first : first + count], lengths=lengths_F[key], weights=ids)
             first += count
         return answers
 
