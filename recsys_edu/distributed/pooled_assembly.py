@@ -107,15 +107,15 @@ class PooledAssembly:
             first += width
         return answer_BD
 
-    def gather(self, gradient_BD: Tensor) -> Tensor:
-        """The adjoint of `scatter`: every returned column gets the gradient of the column it went into."""
-        if self.is_identity:
+    def gather(self, gradient_BD: Tensor, scale: float) -> Tensor:
+        """The adjoint of `scatter`, scaled: every returned column gets the gradient of the column it went into."""
+        if self.is_identity and scale == 1:
             return gradient_BD.flatten()
         batch_size = gradient_BD.shape[0]
         pieces = gradient_BD.new_empty(batch_size * sum(self.width_S))
         blocks = self._blocks(pieces, batch_size)
         for run in self.runs:
-            blocks[run.source][:, run.received] = gradient_BD[:, run.answer]
+            torch.mul(gradient_BD[:, run.answer], scale, out=blocks[run.source][:, run.received])
         return pieces
 
     def _blocks(self, pieces: Tensor, batch_size: int) -> list[Tensor]:
@@ -177,10 +177,8 @@ class WaitPooled(torch.autograd.Function):
             gradient_BD = gradient_BD.clone()
             assembly.divide_means(gradient_BD, flight)
         local = torch.cat([gradient_BD[:, columns] for columns in assembly.local_columns], 1) if ctx.has_local else None
-        pieces = assembly.gather(gradient_BD)
-        if exchange.world_size > 1:
-            # One process with W times the batch would divide its mean loss by W times as many examples; so does DDP.
-            pieces = pieces / exchange.world_size
+        # One process with W times the batch would divide its mean loss by W times as many examples; so does DDP.
+        pieces = assembly.gather(gradient_BD, scale=1 / exchange.world_size)
         alone = flight.batch_size * sum(assembly.width_W)
         send_W = [[(flight.batch_size, width)] for width in assembly.width_W]
         receive_W = [[(batch_size, assembly.width_W[exchange.rank])] for batch_size in flight.batch_sizes_W]
