@@ -24,8 +24,8 @@ from recsys_edu.distributed.types import ParameterSharding
 from recsys_edu.kernels.optimizers import ROW_OPTIMIZERS
 from recsys_edu.kernels.spec import Kernel, weight_dtype
 from recsys_edu.modules.embedding_configs import BaseEmbeddingConfig
-from recsys_edu.modules.fused_embedding_modules import FusedTablesOptimizer, LearningRate
 from recsys_edu.optim.fused import EmptyFusedOptimizer
+from recsys_edu.optim.fused_tables import FusedTablesOptimizer, LearningRate
 from recsys_edu.optim.keyed import KeyedOptimizer
 
 

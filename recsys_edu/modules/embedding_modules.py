@@ -214,6 +214,7 @@ class EmbeddingBagCollection(EmbeddingBagCollectionInterface):
             )
         self._lanes = lanes_of(tables)
         self._names, self._dims = list(self._lanes.names), list(self._lanes.dims)
+        self.register_load_state_dict_post_hook(_flatten_after_load)
         self.reset_parameters()
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -316,6 +317,7 @@ class EmbeddingCollection(EmbeddingCollectionInterface):
         for table, weight_RD in zip(tables, _allocate(tables, self._device)):
             self.embeddings[table.name] = nn.Embedding(table.num_embeddings, table.embedding_dim, _weight=weight_RD)
         self._lanes = lanes_of(tables)
+        self.register_load_state_dict_post_hook(_flatten_after_load)
         self.reset_parameters()
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
@@ -448,7 +450,8 @@ def divide_means(pooled_BD: torch.Tensor, lengths: torch.Tensor, lanes: Lanes) -
         if pooling is not PoolingType.MEAN:
             scale_LB[lane] = 1
     if len(set(lanes.dims)) == 1:  # a view per lane: no [B, D] tensor of scales
-        return (pooled_BD.view(pooled_BD.shape[0], len(lanes.dims), -1) * scale_LB.t().unsqueeze(2)).flatten(1)
+        pooled_BLD = pooled_BD.view(pooled_BD.shape[0], len(lanes.dims), lanes.dims[0])
+        return (pooled_BLD * scale_LB.t().unsqueeze(2)).flatten(1)
     blocks = pooled_BD.split(list(lanes.dims), dim=1)
     return torch.cat([block_BD * scale_B.unsqueeze(1) for block_BD, scale_B in zip(blocks, scale_LB)], dim=1)
 
@@ -502,6 +505,12 @@ def _allocate(tables: Sequence[BaseEmbeddingConfig], device: torch.device) -> li
     else:
         blocks = [torch.empty(size, dtype=dtype, device=device) for size, dtype in zip(sizes, dtypes)]
     return [block.view(table.num_embeddings, table.embedding_dim) for block, table in zip(blocks, tables)]
+
+
+def _flatten_after_load(collection: nn.Module, incompatible_keys: object) -> None:
+    """load_state_dict(assign=True) gives every table its own memory; the kernels like one buffer."""
+    del incompatible_keys
+    flatten_tables(list(collection.parameters()))
 
 
 def _one_kernel_reads(weights: Sequence[torch.Tensor]) -> bool:

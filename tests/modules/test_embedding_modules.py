@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recsys_edu.kernels.lookup import flat_buffer
 from recsys_edu.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from recsys_edu.modules.embedding_modules import (
     EmbeddingBagCollection,
@@ -272,12 +273,29 @@ def test_copies_are_independent_and_equal() -> None:
     torch.testing.assert_close(twin(features).values(), before)
 
 
+def test_a_batch_without_rows() -> None:
+    for dims in ((4, 4), (4, 8)):
+        configs = [
+            EmbeddingBagConfig(5, dim, f"t{i}", feature_names=[f"f{i}"], pooling=PoolingType.MEAN)
+            for i, dim in enumerate(dims)
+        ]
+        features = KeyedJaggedTensor(["f0", "f1"], torch.empty(0, dtype=torch.int64), lengths=torch.empty(0).long())
+        assert EmbeddingBagCollection(configs)(features).values().shape == (0, sum(dims))
+
+
 def test_assigned_weights_are_looked_up() -> None:
     ebc = EmbeddingBagCollection(bag_configs())
     other = EmbeddingBagCollection(bag_configs())
-    ebc.load_state_dict(other.state_dict(), assign=True)
+    expected = {name: weight.clone() for name, weight in other.state_dict().items()}
+    ebc.load_state_dict({name: weight.clone() for name, weight in expected.items()}, assign=True)
     features = make_kjt(BAGS)
     torch.testing.assert_close(ebc(features).values(), other(features).values())
+    assert flat_buffer(list(ebc.parameters())) is not None
+    assert all(torch.equal(weight, expected[name]) for name, weight in ebc.state_dict().items())
+    meta = EmbeddingBagCollection(bag_configs(), device=torch.device("meta"))
+    meta.load_state_dict({name: weight.clone() for name, weight in expected.items()}, assign=True)
+    assert flat_buffer(list(meta.parameters())) is not None
+    torch.testing.assert_close(meta(features).values(), other(features).values())
 
 
 def test_torch_fx_trace_computes_the_same() -> None:

@@ -200,6 +200,30 @@ def test_copies_train_apart_and_assignment_is_seen() -> None:
     plain = EmbeddingBagCollection(bag_configs())
     fused.load_state_dict(plain.state_dict(), assign=True)
     torch.testing.assert_close(fused(every_row()).values(), plain(every_row()).values())
+    group = fused.fused_optimizer().param_groups[0]
+    assert group["lr"] == pytest.approx(0.5)
+    fused(every_row()).values().sum().backward()  # trains what state_dict shows
+    assert not torch.equal(fused.state_dict()["embedding_bags.t1.weight"], plain.embedding_bags["t1"].weight)
+
+
+def test_weights_assigned_to_the_meta_device_make_the_kernels() -> None:
+    plain = EmbeddingBagCollection(bag_configs())
+    meta = FusedEmbeddingBagCollection(bag_configs(), torch.optim.SGD, {"lr": 0.5}, device=torch.device("meta"))
+    inside = nn.ModuleDict({"tables": meta})
+    state = {f"tables.{name}": weight.clone() for name, weight in plain.state_dict().items()}
+    inside.load_state_dict(state, assign=True)
+    assert meta.device.type == "cpu"
+    torch.testing.assert_close(meta(every_row()).values(), plain(every_row()).values())
+
+
+@pytest.mark.parametrize("name", ["lookup", "optimizer", "device", "lanes", "keys", "type"])
+def test_a_table_may_be_called_like_a_method(name: str) -> None:
+    config = EmbeddingConfig(5, 4, name, feature_names=["f1"])
+    fused = FusedEmbeddingCollection([config], torch.optim.SGD, {"lr": 0.5})
+    assert list(fused.state_dict()) == [f"embeddings.{name}.weight"]
+    expected = fused.embeddings[name].weight.detach().clone()
+    ids = KeyedJaggedTensor(["f1"], torch.arange(5), lengths=torch.tensor([5]))
+    torch.testing.assert_close(copy.deepcopy(fused)(ids)["f1"].values(), expected)
 
 
 def test_parameters_are_marked_as_trained_in_backward() -> None:
