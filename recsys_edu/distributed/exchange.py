@@ -241,3 +241,32 @@ def check_same_on_every_rank(exchange: Exchange, facts: object, what: str) -> No
             f"{what}: ranks {different} differ from rank 0. Build configs and plan identically on every rank "
             "(same order, same sizes), or make the plan on one rank and broadcast it"
         )
+
+
+def average(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Set every tensor, in place, to its mean over the ranks of `group`; one all-reduce per dtype."""
+    for parts in _by_dtype(tensors):
+        flat = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(flat, group=group)
+        _unpack(flat / dist.get_world_size(group), parts)
+
+
+def copy_from_first(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Set every tensor, in place, to what it is on the first rank of `group`; one broadcast per dtype."""
+    for parts in _by_dtype(tensors):
+        flat = torch.cat([part.flatten() for part in parts])
+        dist.broadcast(flat, dist.get_global_rank(group, 0), group=group)
+        _unpack(flat, parts)
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def _unpack(flat: Tensor, parts: Sequence[Tensor]) -> None:
+    for part, values in zip(parts, flat.split([part.numel() for part in parts])):
+        part.copy_(values.view(part.shape))

@@ -70,13 +70,12 @@ class DefaultDataParallelWrapper(DataParallelWrapper):
         module = dmp.module
         ignored = [*sharded_parameter_names(module), *self._params_to_ignore]
         trained = [name for name, p in module.named_parameters() if p.requires_grad and name not in set(ignored)]
-        if env.process_group is None or not trained:
+        group = getattr(env, "global_pg", env.process_group)  # 2D parallelism: the dense part spans all ranks
+        if group is None or not trained:
             return
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
         device_ids = None if device.type == "cpu" else [device]
-        ddp = DistributedDataParallel(
-            module, device_ids=device_ids, process_group=env.process_group, **self._ddp_kwargs
-        )
+        ddp = DistributedDataParallel(module, device_ids=device_ids, process_group=group, **self._ddp_kwargs)
         if self._precision is not None:
             ddp.register_comm_hook(None, _compression_hook(self._precision))
         dmp._dmp_wrapped_module = ddp
@@ -274,3 +273,11 @@ def _compression_hook(precision: str) -> Any:
     if precision not in hooks:
         raise ValueError(f"allreduce_comm_precision {precision!r}: expected one of {sorted(hooks)}")
     return hooks[precision]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DMPCollection":  # TorchRec has it in this module; it builds on this one, so it is loaded when asked for
+        from recsys_edu.distributed.collection_2d import DMPCollection
+
+        return DMPCollection
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
