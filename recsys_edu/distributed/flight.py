@@ -154,7 +154,8 @@ class LaneLookup:
             flight.payload = self.exchange.start(send, send_W, receive_W, "lengths and ids")
         if self.weighted:
             weights = flight.kjt.weights()[wire.source_N]
-            flight.weights = _StartWeights.apply(weights, flight, self.exchange)
+            scale_N = self._weight_gradient_scale(flight)
+            flight.weights = _StartWeights.apply(weights, flight, self.exchange, scale_N)
 
     def lookup(self, flight: Flight) -> None:
         """Phase 3: take what arrived, lane by lane, and run this rank's kernels over it."""
@@ -219,6 +220,21 @@ class LaneLookup:
         _, values_M, _ = permute_1d(segments, totals_Wl.flatten(), received)
         return torch.cat(lengths, dim=1), values_M
 
+    def _weight_gradient_scale(self, flight: Flight) -> Tensor | int:
+        """What gradients of weights are multiplied with, one number per value sent or one for all.
+
+        The gradient of the tables was divided by W on its way out, but these weights belong to this rank alone. Of
+        a copied table every rank returns the same gradient, which makes it W times as large already.
+        """
+        world_size, lanes = self.exchange.world_size, self.layout.lanes
+        if not any(lane.output.table.everywhere for lane in lanes):
+            return world_size
+        scales = [1 if lane.output.table.everywhere else world_size for lane in lanes]
+        totals_L = flight.wire.lengths_LB.sum(1)
+        return torch.repeat_interleave(
+            torch.tensor(scales, device=totals_L.device), totals_L, output_size=flight.wire.values_N.numel()
+        )
+
     def _router(self, keys: tuple[str, ...]) -> Router:
         if keys not in self._routers:
             self._routers[keys] = Router(self.layout, list(keys), self.device)
@@ -265,16 +281,15 @@ class _StartWeights(torch.autograd.Function):
     """Per-sample weights travel like ids; on the way back, their gradients arrive here."""
 
     @staticmethod
-    def forward(ctx, weights_N: Tensor, flight: Flight, exchange: Exchange) -> Tensor:
-        ctx.flight, ctx.world_size = flight, exchange.world_size
+    def forward(ctx, weights_N: Tensor, flight: Flight, exchange: Exchange, scale_N: Tensor | int) -> Tensor:
+        ctx.flight, ctx.scale_N = flight, scale_N
         transfer = exchange.start(weights_N, flight.sent_values_W, flight.received_values_W, "weights")
         flight.under_way["weights"] = transfer
         return transfer.received
 
     @staticmethod
-    def backward(ctx, placeholder: Tensor) -> tuple[Tensor, None, None]:
-        # The gradient of the tables was divided by W on its way out; these weights belong to this rank alone.
-        return ctx.flight.under_way["gradients of weights"].wait() * ctx.world_size, None, None
+    def backward(ctx, placeholder: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.flight.under_way["gradients of weights"].wait() * ctx.scale_N, None, None, None
 
 
 class _WaitWeights(torch.autograd.Function):
