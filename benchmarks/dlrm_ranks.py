@@ -136,6 +136,8 @@ def run_rank(rank: int, store: str, tiny: bool, rounds: int, threads: int, clock
                     raise
                 refusals[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         findings.append((sharding, time_ranks(steps, rounds, CLOCKS[clock]), collectives, refusals))
+        if rank == 0:
+            print(f"{sharding} done", file=sys.stderr, flush=True)
         del steps, step
         gc.collect()
     dist.barrier()
