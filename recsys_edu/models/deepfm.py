@@ -8,8 +8,10 @@ sparse KJT ------ SparseArch --- F x D ---+-- FM ------------ [B, 1] --+-- OverA
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from recsys_edu.models.model_input import ModelInput
 from recsys_edu.modules.deepfm import DeepFM, FactorizationMachine
 from recsys_edu.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
@@ -106,3 +108,22 @@ class SimpleDeepFMNN(nn.Module):
         embedded_sparse = self.sparse_arch(sparse_features)
         embedded_dense = self.dense_arch(dense_features)
         return self.over_arch(self.inter_arch(embedded_dense, embedded_sparse))
+
+
+class SimpleDeepFMNNWrapper(SimpleDeepFMNN):
+    """DeepFM on a ModelInput: `(loss, probabilities [B, 1])` in training mode, the probabilities in evaluation mode.
+
+    The loss is the binary cross-entropy of the probabilities; TorchRec takes them for logits there, which is a second
+    sigmoid. `float_features` and `idlist_features` are read.
+
+    Raises:
+        ValueError: (forward) an input without idlist_features.
+
+    Counterpart: torchrec.models.deepfm.SimpleDeepFMNNWrapper.
+    """
+
+    def forward(self, model_input: ModelInput) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        probabilities = super().forward(model_input.float_features, model_input.required_ids())
+        if not self.training:
+            return probabilities
+        return F.binary_cross_entropy(probabilities.squeeze(-1), model_input.label.float()), probabilities

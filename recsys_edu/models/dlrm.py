@@ -10,9 +10,11 @@ Shapes: B batch, I dense inputs, F sparse features, V = F + 1 vectors, D columns
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from recsys_edu.datasets.utils import Batch
+from recsys_edu.models.model_input import ModelInput
 from recsys_edu.modules.crossnet import LowRankCrossNet
 from recsys_edu.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from recsys_edu.modules.mlp import MLP
@@ -365,6 +367,24 @@ class DLRMTrain(nn.Module):
         logits = self.model(batch.dense_features, batch.sparse_features).squeeze(-1)
         loss = self.loss_fn(logits, batch.labels.float())
         return loss, (loss.detach(), logits.detach(), batch.labels.detach())
+
+
+class DLRMWrapper(DLRM):
+    """DLRM on a ModelInput: `(loss, logits [B, 1])` in training mode, the logits alone in evaluation mode.
+
+    The loss is DLRMTrain's; `float_features` and `idlist_features` are read.
+
+    Raises:
+        ValueError: (forward) an input without idlist_features.
+
+    Counterpart: torchrec.models.dlrm.DLRMWrapper.
+    """
+
+    def forward(self, model_input: ModelInput) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        logits = super().forward(model_input.float_features, model_input.required_ids())
+        if not self.training:
+            return logits
+        return F.binary_cross_entropy_with_logits(logits.squeeze(-1), model_input.label.float()), logits
 
 
 def _common_dim(embedding_bag_collection: EmbeddingBagCollection) -> int:
