@@ -26,7 +26,7 @@ from recsys_edu.kernels.spec import Kernel, weight_dtype
 from recsys_edu.modules.embedding_configs import BaseEmbeddingConfig
 from recsys_edu.optim.fused import EmptyFusedOptimizer
 from recsys_edu.optim.fused_tables import FusedTablesOptimizer, LearningRate
-from recsys_edu.optim.keyed import KeyedOptimizer
+from recsys_edu.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 
 class ShardedTables:
@@ -221,18 +221,25 @@ def _table_modules(owner: ShardedTables, local: Mapping[str, list[LocalShard]]) 
 def fused_tables_optimizer(modules: nn.ModuleDict, prefix: str, kernels: Sequence[Kernel]) -> KeyedOptimizer:
     """The optimizers inside this rank's kernels as one keyed optimizer; keys are `<prefix>.<table>.weight`.
 
-    Every fused table of the module is in it on every rank, so that checkpoints of all ranks have the same keys.
+    Every fused table of the module is in it on every rank, so that checkpoints of all ranks have the same keys. Tables
+    of one optimizer and its settings share a parameter group, and with it a learning rate.
     """
-    params: dict[str, Tensor] = {}
-    states: list[dict[str, Any]] = []
-    for name, module in modules.items():
-        if isinstance(module, TableShards) and module.table.optimizer is not None:
-            params[f"{prefix}.{name}.weight"] = module.tiled()
-            states.append({f"{name}.{key}": value for key, value in _tiled_state(module).items()})
-    if not params:
+    fused = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, TableShards) and module.table.optimizer is not None
+    }
+    optimizers = []
+    for spec in dict.fromkeys(module.table.optimizer for module in fused.values()):
+        mine = {name: module for name, module in fused.items() if module.table.optimizer == spec}
+        params = {f"{prefix}.{name}.weight": module.tiled() for name, module in mine.items()}
+        states = [{f"{name}.{key}": v for key, v in _tiled_state(module).items()} for name, module in mine.items()]
+        rates = LearningRate(tuple(kernel for kernel in kernels if kernel.spec.optimizer == spec))
+        optimizers.append(FusedTablesOptimizer(params, states, rates))
+        optimizers[-1].param_groups[0]["lr"] = spec.learning_rate  # also on a rank that has no kernel to ask
+    if not optimizers:
         return EmptyFusedOptimizer()
-    fused = tuple(kernel for kernel in kernels if kernel.spec.optimizer is not None)
-    return FusedTablesOptimizer(params, states, LearningRate(fused))
+    return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
 
 
 def _tiled_state(module: TableShards) -> dict[str, Tensor]:
