@@ -91,5 +91,5 @@ def test_random_batches_have_the_same_form(bags):
     one, other = mine.sparse_features, their.sparse_features
     assert one.keys() == other.keys()
     assert (one.values().dtype, one.lengths().dtype) == (other.values().dtype, other.lengths().dtype)
-    for key in one.keys():  # noqa: SIM118
+    for key in one.keys():
         assert set(one[key].lengths().tolist()) == set(other[key].lengths().tolist())

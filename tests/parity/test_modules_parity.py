@@ -8,6 +8,8 @@ import torch
 torchrec = pytest.importorskip("torchrec")
 
 from torchrec.datasets.utils import Batch as TheirBatch
+from torchrec.distributed.test_utils.model_input import ModelInput as TheirInput
+from torchrec.models import deepfm as their_deepfm
 from torchrec.models import dlrm as their_dlrm
 from torchrec.modules import crossnet as their_crossnet
 from torchrec.modules.mlp import MLP as TheirMLP
@@ -22,7 +24,8 @@ from torchrec.optim.warmup import WarmupStage as TheirStage
 
 import recsys_edu
 from recsys_edu.datasets.utils import Batch
-from recsys_edu.models import dlrm
+from recsys_edu.models import deepfm, dlrm
+from recsys_edu.models.model_input import ModelInput
 from recsys_edu.modules import crossnet
 from recsys_edu.modules.mlp import MLP
 from recsys_edu.optim import CombinedOptimizer, KeyedOptimizerWrapper, RowWiseAdagrad
@@ -154,6 +157,24 @@ def test_five_steps_of_dlrm(kind: str) -> None:
             value.backward()
             stepper.step()
     assert_same_parameters(ours, theirs)
+
+
+def test_wrapped_models() -> None:
+    own_kjt, their_kjt = both_kjts(16)
+    dense, labels = torch.randn(16, 5), torch.randint(0, 2, (16,)).float()
+    for kind, mine, their, arguments in (
+        ("DLRMWrapper", dlrm, their_dlrm, lambda ebc: (ebc, 5, [16, 8], [12, 1])),
+        ("SimpleDeepFMNNWrapper", deepfm, their_deepfm, lambda ebc: (5, ebc, 8, 6)),
+    ):
+        theirs = getattr(their, kind)(*arguments(torchrec.EmbeddingBagCollection(tables(torchrec, shared=False))))
+        ours = getattr(mine, kind)(*arguments(recsys_edu.EmbeddingBagCollection(tables(recsys_edu, shared=False))))
+        with_their_weights(ours, theirs)
+        own_input, their_input = ModelInput(dense, own_kjt, None, labels), TheirInput(dense, their_kjt, None, labels)
+        (loss, prediction), (their_loss, their_prediction) = ours(own_input), theirs(their_input)
+        torch.testing.assert_close(prediction, their_prediction)
+        if kind == "DLRMWrapper":  # TorchRec's DeepFM takes its probabilities for logits
+            torch.testing.assert_close(loss, their_loss)
+        torch.testing.assert_close(ours.eval()(own_input), theirs.eval()(their_input))
 
 
 @pytest.mark.parametrize(

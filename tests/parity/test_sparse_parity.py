@@ -123,7 +123,7 @@ def test_to_dict_and_back(kind, seed):
 @every_batch
 def test_rows_and_padding(kind, seed):
     mine, other = both(kind, seed)
-    for key in mine.keys():  # noqa: SIM118
+    for key in mine.keys():
         my_rows, other_rows = mine[key], other[key]
         assert [row.tolist() for row in my_rows.to_dense()] == [row.tolist() for row in other_rows.to_dense()]
         for width in (None, 1, 4):
