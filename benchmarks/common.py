@@ -192,8 +192,11 @@ def _shown(cell: object) -> str:
 
 
 def _command() -> str:
-    """As a reader would type it at the root of the checkout."""
+    """As a reader would type it at the root of the checkout; where the result went is left out."""
     program, *arguments = sys.argv
+    if "--out" in arguments:
+        place = arguments.index("--out")
+        arguments = arguments[:place] + arguments[place + 2 :]
     path = Path(program).resolve()
     shown = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
     return shlex.join(["python", shown, *arguments])
