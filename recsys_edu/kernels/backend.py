@@ -72,8 +72,11 @@ def fbgemm_status() -> BackendStatus:
     return BackendStatus(True, "FBGEMM is installed and loads", version)
 
 
-@torch.compiler.assume_constant_result  # a tracer must not follow imports; the outcome never changes in a process
+# Decided once, when this file is imported: a tracer (torch.compile, torch.export) reads a constant, not the probe.
+_STATUS = fbgemm_status()
+
+
 def use_fbgemm(device: torch.device | None = None) -> bool:
     """Whether kernels for `device` (default: cpu) come from FBGEMM."""
     del device  # one build serves the CPU and, where it is the CUDA build, the GPU as well
-    return fbgemm_status().available
+    return _STATUS.available
