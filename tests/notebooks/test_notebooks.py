@@ -54,6 +54,23 @@ EXPECTED = {
         "MovieLens: calibration": (0.93, 1.07),
         "MovieLens: AUC lost without the film's mean": (0.005, 0.2),
     },
+    "10_talking_ranks": {
+        "bytes of embeddings per byte of ids": (10.0, 11.5),
+        "share of moved bytes that cross hosts": (0.66, 0.674),
+        "KiB between hosts, four real ranks": (17.0, 18.5),
+    },
+    "11_table_wise": {
+        "bytes back per byte of ids": (3.55, 3.56),
+        "heaviest rank over average, memory": (2.0, 2.05),
+        "busiest rank over average, traffic": (2.0, 2.5),
+        "rows with a gradient": (3, 3),
+    },
+    "12_row_wise": {
+        "bytes back, row-wise over table-wise": (4.0, 4.0),
+        "busiest rank over average, films as numbered": (2.0, 2.7),
+        "busiest rank over average, uneven blocks": (1.0, 1.05),
+        "busiest rank over average, shuffled": (1.0, 1.1),
+    },
 }
 
 
