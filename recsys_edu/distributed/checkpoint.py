@@ -95,6 +95,8 @@ def load_checkpoint(
     """
     group = _group(group)
     path = Path(path)
+    if not path.exists() and _old(path).exists():
+        path = _old(path)
     facts = _read_facts(path)
     _raise_together(_damaged_files(path, facts["files"], _rank(group), _world_size(group)), path, group)
     reader = _Reader(path)
@@ -230,10 +232,14 @@ def _read_facts(path: Path) -> dict[str, Any]:
         facts = json.loads(file.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a complete checkpoint: it has no {FACTS_FILE}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no UTF-8, no JSON
         raise CheckpointError(f"{file} is damaged: {error}") from None
-    if facts.get("format") != 1:
-        raise CheckpointError(f"{file} has format {facts.get('format')!r}; this version reads format 1")
+    version = facts.get("format") if isinstance(facts, dict) else None
+    if version != 1:
+        raise CheckpointError(f"{file} has format {version!r}; this version reads format 1")
+    missing = [key for key in ("extra", "values", "column_cuts", "files") if not isinstance(facts.get(key), dict)]
+    if missing:
+        raise CheckpointError(f"{file} is damaged: it lacks {missing}")
     return facts
 
 
@@ -255,14 +261,17 @@ def _checksum(file: Path) -> str:
 
 
 def _replace_folder(new: Path, path: Path) -> None:
-    if not path.exists():
-        os.replace(new, path)
-        return
-    old = path.with_name(f"{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(path, old)
+    old = _old(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
     os.replace(new, path)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(path: Path) -> Path:
+    """Where a checkpoint waits while a new one takes its name; a crash at that moment leaves it there, complete."""
+    return path.with_name(f"{path.name}.old")
 
 
 # ---------------------------------------------------------------- ranks
