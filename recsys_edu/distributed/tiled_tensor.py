@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard as TorchShard
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,13 @@ class TiledTensor(Tensor):
             "recsys_edu.distributed.checkpoint and load it into an unsharded model"
         )
 
-    # torch.distributed.checkpoint's protocol (torch.distributed._checkpointable._Checkpointable)
+    # torch.distributed.checkpoint's protocol (torch.distributed._checkpointable._Checkpointable). That package takes as
+    # long to import as all of recsys_edu; whoever calls these methods has paid for it.
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
         return [
             WriteItem(
                 index=MetadataIndex(fqn, torch.Size(tile.offsets)),
@@ -118,4 +124,6 @@ class TiledTensor(Tensor):
 
 
 def _chunk(tile: Tile) -> ChunkStorageMetadata:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
     return ChunkStorageMetadata(offsets=torch.Size(tile.offsets), sizes=tile.tensor.shape)
