@@ -91,6 +91,10 @@ class ShardedEmbeddingCollection(nn.Module):
         """Phase 1: route the ids into lanes and tell every rank how many are coming."""
         return self._lookup.start_input(features)
 
+    def start_absent(self, reason: int) -> Flight:
+        """Phase 1 of a rank without a batch: `exchange_input` raises NoBatch with its reason on every rank."""
+        return self._lookup.start_absent(reason)
+
     def exchange_input(self, flight: Flight) -> None:
         """Phase 2: send lengths and ids to the ranks that own their rows."""
         self._lookup.exchange_input(flight)

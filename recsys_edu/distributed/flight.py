@@ -32,6 +32,17 @@ if TYPE_CHECKING:
 NUM_SIZES = 4  # what each rank tells each other: number of values, batch size, bad feature + 1 (or 0), bad id
 
 
+class NoBatch(Exception):
+    """Some ranks had no batch for this flight; `reason_W` has the number that each gave `start_absent`, 0 for a batch.
+
+    Raised by `exchange_input` on every rank alike, before anything was looked up.
+    """
+
+    def __init__(self, reason_W: list[int]) -> None:
+        super().__init__(reason_W)
+        self.reason_W = reason_W
+
+
 @dataclass(frozen=True)
 class KernelAnswer:
     """What one kernel looked up for all ranks: pooled `[sum of B, columns]`, or one row per id, lane after lane.
@@ -98,6 +109,7 @@ class LaneLookup:
     Raises:
         IndexError: from `exchange_input`, on every rank alike, when any rank's batch has an id that is not a row of
             its table; it names rank, feature, id and table, and nothing has been updated.
+        NoBatch: from `exchange_input`, on every rank alike, when a rank called `start_absent`.
     """
 
     def __init__(self, layout: Layout, exchange: Exchange, device: torch.device, weighted: bool = False) -> None:
@@ -125,6 +137,20 @@ class LaneLookup:
         problem_2 = self._find_bad_id(kjt)
         if bool(problem_2[0] > 0):  # host sync: ids that are no rows must not reach a kernel
             kjt = _without_values(kjt)
+        return self._start_sizes(kjt, variable, problem_2)
+
+    def start_absent(self, reason: int) -> Flight:
+        """Phase 1 of a rank that has no batch to look up, so that the others learn it rather than wait for its ids.
+
+        Args:
+            reason: a positive number for the other ranks; `exchange_input` raises NoBatch with it on all of them.
+        """
+        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+        weights = nothing.float() if self.weighted else None
+        kjt = KeyedJaggedTensor(list(self.layout.features), nothing, weights, lengths=nothing, stride=0)
+        return self._start_sizes(kjt, None, torch.tensor([-reason, 0], device=self.device))
+
+    def _start_sizes(self, kjt: KeyedJaggedTensor, variable: KeyedJaggedTensor | None, problem_2: Tensor) -> Flight:
         wire = self._router(tuple(kjt.keys())).route(kjt, with_source=self.weighted or not self.layout.pooled)
         values_W = _sum_by_rank(wire.lengths_LB.sum(1), self.layout.num_lanes_W)
         sizes_W4 = torch.empty(self.exchange.world_size, NUM_SIZES, dtype=torch.int64, device=values_W.device)
@@ -263,6 +289,8 @@ class LaneLookup:
         return torch.stack([torch.tensor(key + 1), values_N[first].cpu().long()]).to(values_N.device)
 
     def _raise_if_bad(self, sizes_W4: list[list[int]]) -> None:
+        if any(feature < 0 for _, _, feature, _ in sizes_W4):
+            raise NoBatch([max(-feature, 0) for _, _, feature, _ in sizes_W4])
         for rank, (_, _, feature, bad_id) in enumerate(sizes_W4):
             if feature:
                 name = self.layout.features[feature - 1]
