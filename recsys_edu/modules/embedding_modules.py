@@ -407,7 +407,13 @@ def in_lane_order(features: KeyedJaggedTensor, lane_features: Sequence[str]) -> 
 
 
 def check_lane_ids(features: KeyedJaggedTensor, lanes: Lanes) -> None:
-    """Refuse a batch, already in lane order, that holds an id outside its table."""
+    """Refuse a batch, already in lane order, whose lengths miss its values or that holds an id outside its table."""
+    num_values, counted = features.values().numel(), features.length_per_key()
+    if sum(counted) != num_values:
+        per_feature = dict(zip(lanes.features, counted))
+        raise ValueError(
+            f"the lengths add up to {sum(counted)} ids, but there are {num_values} values; per feature: {per_feature}"
+        )
     check_ids(features.values(), features.offset_per_key(), lanes.features, lanes.table_names, lanes.num_rows)
 
 
@@ -486,9 +492,13 @@ def common_embedding_dim(tables: Sequence[EmbeddingConfig]) -> int:
 
 
 def prepare_configs(tables: Sequence[BaseEmbeddingConfig]) -> None:
-    """Refuse duplicate names; a table without feature names serves the feature of its own name."""
+    """Refuse duplicate names and a string for a list; a table without feature names serves that of its own name."""
     seen: set[str] = set()
     for table in tables:
+        if isinstance(table.feature_names, str):  # would be taken letter by letter
+            raise TypeError(
+                f"table {table.name!r}: feature_names must be a list, got the string {table.feature_names!r}"
+            )
         if table.name in seen:
             raise ValueError(f"Duplicate table name {table.name}")
         seen.add(table.name)

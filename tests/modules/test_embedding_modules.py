@@ -392,3 +392,18 @@ def test_inverse_indices_helpers() -> None:
         [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0]])], torch.tensor([[1, 0], [0, 0]])
     )
     assert out.tolist() == [[2.0, 3.0, 4.0], [1.0, 3.0, 4.0]]
+
+
+def test_lengths_that_miss_the_values_are_refused_by_feature():
+    tables = [
+        EmbeddingBagConfig(name=f"t_{name}", num_embeddings=9, embedding_dim=4, feature_names=[name]) for name in "xy"
+    ]
+    kjt = KeyedJaggedTensor(["x", "y"], torch.tensor([1, 2, 3]), lengths=torch.tensor([1, 1, 1, 1]))
+    with pytest.raises(ValueError, match=r"add up to 4 ids, but there are 3 values; per feature: {'x': 2, 'y': 2}"):
+        EmbeddingBagCollection(tables=tables)(kjt)
+
+
+def test_a_string_for_feature_names_is_refused():
+    table = EmbeddingBagConfig(name="t", num_embeddings=9, embedding_dim=4, feature_names="xy")
+    with pytest.raises(TypeError, match="table 't': feature_names must be a list, got the string 'xy'"):
+        EmbeddingBagCollection(tables=[table])
