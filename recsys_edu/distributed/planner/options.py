@@ -1,0 +1,308 @@
+"""Every way to shard every table, as one grid: tables down, (sharding type, kernel) across, all costs worked out.
+
+                 table_wise/fused   row_wise/fused   data_parallel/dense   ...
+      user       1 shard, 12 ms     W shards, 4 ms   -                            "-": not possible, with the reason
+      item       -                  W shards, 9 ms   -
+
+An option is `count` equal rectangles (the last row block may be shorter) and a rule where they may lie:
+
+    UNIFORM      one on each of the table's ranks           row_wise, data_parallel
+    DEVICE       each on any rank                           table_wise, column_wise
+    HOST         each on any rank of one host               table_column_wise
+    HOST_ROWS    in blocks of one per rank of a host        table_row_wise, grid_shard
+
+Suffixes: T tables, J (type, kernel) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recsys_edu.distributed.embedding_types import HOST_MEMORY_KERNELS, EmbeddingComputeKernel
+from recsys_edu.distributed.planner.constants import kernel_bw_lookup
+from recsys_edu.distributed.planner.cost import (
+    Array,
+    Machine,
+    Pattern,
+    Rectangles,
+    storage_bytes,
+    times_ms,
+)
+from recsys_edu.distributed.planner.topology import Topology
+from recsys_edu.distributed.planner.utils import show_bytes
+from recsys_edu.distributed.planner.workload import Workload
+from recsys_edu.distributed.sharding.row_wise import row_blocks
+from recsys_edu.distributed.sharding_plan import column_block_width
+from recsys_edu.distributed.types import PipelineType, ShardingType
+
+CACHED_KERNELS = frozenset(
+    {EmbeddingComputeKernel.FUSED_UVM_CACHING.value, EmbeddingComputeKernel.QUANT_UVM_CACHING.value}
+)
+
+
+class Place(IntEnum):
+    """Where the rectangles of an option may lie; see the top of this file."""
+
+    UNIFORM = 0
+    DEVICE = 1
+    HOST = 2
+    HOST_ROWS = 3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a sharding type means: where its rectangles lie, how answers come back, along which axes it cuts."""
+
+    place: Place
+    pattern: Pattern
+    cuts_columns: bool = False
+
+
+KINDS: Mapping[str, Kind] = {
+    ShardingType.DATA_PARALLEL.value: Kind(Place.UNIFORM, Pattern.REPLICA),
+    ShardingType.TABLE_WISE.value: Kind(Place.DEVICE, Pattern.WHOLE_ROWS),
+    ShardingType.COLUMN_WISE.value: Kind(Place.DEVICE, Pattern.WHOLE_ROWS, cuts_columns=True),
+    ShardingType.TABLE_COLUMN_WISE.value: Kind(Place.HOST, Pattern.WHOLE_ROWS, cuts_columns=True),
+    ShardingType.ROW_WISE.value: Kind(Place.UNIFORM, Pattern.ROWS_EVERYWHERE),
+    ShardingType.TABLE_ROW_WISE.value: Kind(Place.HOST_ROWS, Pattern.ROWS_ON_HOST),
+    ShardingType.GRID_SHARD.value: Kind(Place.HOST_ROWS, Pattern.ROWS_ON_HOST, cuts_columns=True),
+}
+
+
+@dataclass(frozen=True)
+class OptionGrid:
+    """All options with their costs, per rectangle.
+
+    Args:
+        pairs: the (sharding type, kernel) of each column.
+        valid_TJ: which may be chosen; `rejections` has the reason for the others, by (table, column).
+        rows_TJ, width_TJ: of a full rectangle.
+        row_blocks_TJ, column_blocks_TJ: how many, so `count_TJ` is their product.
+        times_TJ: milliseconds per phase, [T, J, 6]; `ms_TJ` their sum.
+        bytes_TJ: of device and host memory, [T, J, 2].
+    """
+
+    workload: Workload
+    pairs: tuple[tuple[str, str], ...]
+    places_J: tuple[Place, ...]
+    valid_TJ: NDArray[np.bool_]
+    rejections: Mapping[tuple[int, int], str]
+    rows_TJ: Array
+    width_TJ: Array
+    row_blocks_TJ: NDArray[np.int64]
+    column_blocks_TJ: NDArray[np.int64]
+    times_TJ: Array
+    ms_TJ: Array
+    bytes_TJ: Array
+
+    @property
+    def count_TJ(self) -> NDArray[np.int64]:
+        return self.row_blocks_TJ * self.column_blocks_TJ
+
+    def rectangles(self, table: int, column: int) -> list[tuple[range, range]]:
+        """(rows, columns) of each rectangle: for each column block its row blocks from the top."""
+        num_rows, width = int(self.workload.rows_T[table]), int(self.width_TJ[table, column])
+        blocks = row_blocks(num_rows, int(self.row_blocks_TJ[table, column]))
+        if self.pairs[column][0] == ShardingType.DATA_PARALLEL.value:
+            blocks = [range(num_rows)] * int(self.row_blocks_TJ[table, column])
+        starts = range(0, width * int(self.column_blocks_TJ[table, column]), width)
+        return [(rows, range(start, start + width)) for start in starts for rows in blocks]
+
+
+def enumerate_options(
+    workload: Workload,
+    topology: Topology,
+    pipeline: PipelineType = PipelineType.NONE,
+    host_memory_kernels: Sequence[str] = (),
+    inference: bool = False,
+    check_sizes: bool = True,
+) -> OptionGrid:
+    """The grid of all options; what cannot be is marked, with the reason.
+
+    `host_memory_kernels` are offered besides those that the sharders name, to tables whose constraint names none.
+    `check_sizes` marks options that are larger than any rank.
+    """
+    machine = Machine.of(topology)
+    pairs = _pairs(workload, topology, host_memory_kernels)
+    shape = (len(workload), len(pairs))
+    rows, width = np.zeros(shape), np.zeros(shape)
+    row_blocks_TJ, column_blocks_TJ = np.ones(shape, np.int64), np.ones(shape, np.int64)
+    narrow_T = _block_widths(workload)
+    num_ranks_T = np.array([len(t.ranks) if t.ranks else machine.world_size for t in workload.tables])
+    kernel_bw, parts = np.ones(shape), np.ones(shape)
+    for j, (sharding_type, kernel) in enumerate(pairs):
+        kind = KINDS[sharding_type]
+        if kind.place is Place.UNIFORM:
+            row_blocks_TJ[:, j] = num_ranks_T
+        elif kind.place is Place.HOST_ROWS:
+            row_blocks_TJ[:, j] = machine.local_size
+        is_split = kind.pattern >= Pattern.ROWS_EVERYWHERE
+        parts[:, j] = row_blocks_TJ[:, j] if is_split else 1
+        rows[:, j] = np.ceil(workload.rows_T / parts[:, j])
+        width[:, j] = narrow_T if kind.cuts_columns else workload.columns_T
+        column_blocks_TJ[:, j] = workload.columns_T // width[:, j]
+        kernel_bw[:, j] = _kernel_speeds(kernel, workload, topology)
+    rectangles = Rectangles(
+        rows=rows,
+        columns=width,
+        pattern=np.array([KINDS[t].pattern for t, _ in pairs]),
+        parts=parts,
+        kernel_bw=kernel_bw,
+        on_host=np.array([k in HOST_MEMORY_KERNELS for _, k in pairs]),
+        cached=np.array([k in CACHED_KERNELS for _, k in pairs]),
+    )
+    lookups = workload.lookups.at((slice(None), None))
+    times = times_ms(rectangles, lookups, machine, inference)
+    sizes = storage_bytes(rectangles, lookups, machine, pipeline)
+    rejections = _rejections(
+        workload, pairs, topology, column_blocks_TJ, sizes if check_sizes else 0 * sizes, host_memory_kernels
+    )
+    valid = np.ones(shape, bool)
+    if rejections:
+        valid[tuple(np.array(list(rejections)).T)] = False
+    return OptionGrid(
+        workload=workload,
+        pairs=pairs,
+        places_J=tuple(KINDS[t].place for t, _ in pairs),
+        valid_TJ=valid,
+        rejections=rejections,
+        rows_TJ=rows,
+        width_TJ=width,
+        row_blocks_TJ=row_blocks_TJ,
+        column_blocks_TJ=column_blocks_TJ,
+        times_TJ=times,
+        ms_TJ=times.sum(axis=-1),
+        bytes_TJ=sizes,
+    )
+
+
+def _pairs(workload: Workload, topology: Topology, host_kernels: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """The pairs that any table may have, in the order of TorchRec's enums; kernels that the device runs."""
+    found = {(t, k) for table in workload.tables for t, kernels in table.kernels.items() for k in kernels}
+    found |= {(t, k) for t, _ in found if t != ShardingType.DATA_PARALLEL.value for k in host_kernels}
+    device = topology.compute_device
+    runs = {k: kernel_bw_lookup(device, k, 1.0, 1.0, 1.0) is not None for _, k in found}
+    types, kernels = [t.value for t in ShardingType], [k.value for k in EmbeddingComputeKernel]
+    ordered = sorted(found, key=lambda pair: (types.index(pair[0]), kernels.index(pair[1])))
+    return tuple(pair for pair in ordered if runs[pair[1]])
+
+
+def _block_widths(workload: Workload) -> Array:
+    """The width of column blocks per table: at least the wanted one, dividing the table's columns."""
+    both = [(int(d), int(w)) for d, w in zip(workload.columns_T, workload.block_width_T)]
+    known = {pair: column_block_width(*pair) for pair in set(both)}
+    return np.array([known[pair] for pair in both], dtype=np.float64)
+
+
+def _kernel_speeds(kernel: str, workload: Workload, topology: Topology) -> Array:
+    """Bytes per millisecond per table: cached kernels depend on how much is cached."""
+    ratios_T, prefetch_T = workload.lookups.cache_ratio, workload.prefetch_T
+    known = {
+        (ratio, prefetch): kernel_bw_lookup(
+            topology.compute_device,
+            kernel,
+            topology.hbm_mem_bw,
+            topology.ddr_mem_bw,
+            topology.hbm_to_ddr_mem_bw,
+            ratio,
+            bool(prefetch),
+            topology.ssd_mem_bw,
+        )
+        for ratio, prefetch in set(zip(ratios_T.tolist(), prefetch_T.tolist()))
+    }
+    return np.array([known[pair] for pair in zip(ratios_T.tolist(), prefetch_T.tolist())], dtype=np.float64)
+
+
+def _rejections(
+    workload: Workload,
+    pairs: Sequence[tuple[str, str]],
+    topology: Topology,
+    column_blocks_TJ: NDArray[np.int64],
+    bytes_TJ: Array,
+    host_kernels: Sequence[str],
+) -> dict[tuple[int, int], str]:
+    """Why each impossible option is impossible."""
+    local, world = topology.local_world_size, topology.world_size
+    caps = [(d.storage.hbm, d.storage.ddr) for d in topology.devices]
+    whole_cap = np.array([max(hbm for hbm, _ in caps), max(ddr for _, ddr in caps)], dtype=np.float64)
+    too_big_TJ = (bytes_TJ > whole_cap).any(axis=-1)
+    rejections: dict[tuple[int, int], str] = {}
+    for i, table in enumerate(workload.tables):
+        allowed_hosts = None if table.ranks is None else _whole_hosts(table.ranks, local)
+        offered = set(table.kernels)
+        for j, (sharding_type, kernel) in enumerate(pairs):
+            own = table.kernels.get(sharding_type, ())
+            extra = host_kernels if table.constraint.compute_kernels is None else ()
+            place = KINDS[sharding_type].place
+            reason = None
+            if sharding_type not in offered:
+                reason = f"not allowed: the constraint or the sharder allows {sorted(offered)}"
+            elif kernel not in own and not (kernel in extra and sharding_type != ShardingType.DATA_PARALLEL.value):
+                reason = f"kernel {kernel} not allowed: the constraint or the sharder allows {list(own)}"
+            elif (twin := _twin(sharding_type, int(column_blocks_TJ[i, j]), world, local, not table.ranks)) in offered:
+                reason = f"the same as {twin}: {_twin_reason(sharding_type, workload, i, topology)}"
+            together = table.constraint.together is not None
+            if reason is None and together and sharding_type != ShardingType.TABLE_WISE.value:
+                reason = f"cut or copied tables cannot be kept together with group {table.constraint.together!r}"
+            if reason is None and table.ranks is not None:
+                if sharding_type == ShardingType.DATA_PARALLEL.value:
+                    reason = f"a copy on every rank, but the constraint allows only {_some(table.ranks)}"
+                elif place in (Place.HOST, Place.HOST_ROWS) and not allowed_hosts:
+                    reason = f"needs all {local} ranks of a host; the constraint allows only {_some(table.ranks)}"
+            if reason is None and too_big_TJ[i, j]:
+                reason = _too_big(bytes_TJ[i, j], whole_cap, sharding_type, local)
+            if reason is not None:
+                rejections[i, j] = reason
+    return rejections
+
+
+def _twin(sharding_type: str, column_blocks: int, world: int, local: int, anywhere: bool) -> str | None:
+    """The simpler type that comes to the same thing for this table and world."""
+    t = ShardingType
+    if sharding_type in (t.COLUMN_WISE.value, t.TABLE_COLUMN_WISE.value) and column_blocks == 1:
+        return t.TABLE_WISE.value
+    if sharding_type == t.GRID_SHARD.value and column_blocks == 1:
+        return t.TABLE_ROW_WISE.value
+    if sharding_type == t.TABLE_COLUMN_WISE.value and world == local:
+        return t.COLUMN_WISE.value
+    if sharding_type == t.TABLE_ROW_WISE.value and world == local and anywhere:
+        return t.ROW_WISE.value
+    return None
+
+
+def _twin_reason(sharding_type: str, workload: Workload, table: int, topology: Topology) -> str:
+    if topology.world_size == topology.local_world_size and sharding_type == ShardingType.TABLE_ROW_WISE.value:
+        return "there is one host"
+    columns, width = int(workload.columns_T[table]), int(workload.block_width_T[table])
+    if column_block_width(columns, width) < columns:
+        return "there is one host"
+    return f"its {columns} columns make one block of at least {width}"
+
+
+def _too_big(needed: Array, cap: Array, sharding_type: str, local: int) -> str:
+    kind = 0 if needed[0] > cap[0] else 1
+    memory = ("HBM", "host memory")[kind]
+    how = {
+        ShardingType.TABLE_WISE.value: "the whole table on one rank",
+        ShardingType.DATA_PARALLEL.value: "a copy on every rank",
+        ShardingType.TABLE_ROW_WISE.value: f"its rows over the {local} ranks of one host",
+        ShardingType.ROW_WISE.value: "its rows over all ranks",
+        ShardingType.GRID_SHARD.value: f"a column block's rows over the {local} ranks of a host",
+    }.get(sharding_type, "a column block on one rank")
+    return f"{how} needs {show_bytes(needed[kind])} of {memory} per rank; {show_bytes(cap[kind])} there"
+
+
+def _whole_hosts(ranks: Sequence[int], local: int) -> list[int]:
+    """Hosts all of whose ranks are among `ranks`."""
+    allowed = set(ranks)
+    return [h for h in sorted({r // local for r in ranks}) if allowed.issuperset(range(h * local, (h + 1) * local))]
+
+
+def _some(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return f"ranks {shown}{', ...' if len(ranks) > 8 else ''}"

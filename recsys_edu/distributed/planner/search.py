@@ -1,0 +1,196 @@
+"""Finding a good plan: choose an option per table, place it, improve it, and know how far from perfect it is.
+
+A choice trades two prices. A *ceiling* on the milliseconds of any one rectangle forces the heavy tables to be cut;
+a *price of memory* turns to options that use less of it. For a given ceiling and price the best option of each table
+is independent of the others, so thousands of tables are one `argmin`:
+
+    option = argmin over options below the ceiling of   work on all ranks  +  price x memory on all ranks
+
+The search walks over ceilings (where memory is tight also over ceilings on the memory of a rectangle), raises the price
+where memory does not suffice, places each choice (placement.py), and improves the best plans by moving, swapping and
+re-cutting what the busiest rank carries (improve.py).
+
+`lower_bound_ms` says what no plan can beat: all work spread perfectly, with the cheapest option of each table. The
+price of memory there is a Lagrange multiplier: Fisher, "The Lagrangian relaxation method", Management Science, 1981.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from recsys_edu.distributed.planner.cost import Array
+from recsys_edu.distributed.planner.improve import improve
+from recsys_edu.distributed.planner.placement import Ints, Placement, Problem, place_all
+
+PRICES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1e4, 1e8)
+"""Of all memory, as multiples of the work of the cheapest options."""
+
+SHARES = (1.0, 0.55, 0.1)
+"""Of a rank's memory, for one rectangle: two that fill a rank leave no room for anything quick beside them."""
+
+TIGHT = 0.3  # of all memory: below it only the first share is tried
+MOST_CEILINGS = 14
+FINALISTS = 3
+MOST_REPAIRS = 12
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best plan, how many were proposed and how many of those could be placed, and what no plan can beat."""
+
+    placement: Placement
+    num_proposals: int
+    num_plans: int
+    lower_bound_ms: float
+
+    @property
+    def gap(self) -> float:
+        """How much worse than the bound the plan is at most, as a share of the bound."""
+        return self.placement.cost_ms / self.lower_bound_ms - 1 if self.lower_bound_ms > 0 else 0.0
+
+
+def search(problem: Problem) -> Found | None:
+    """A plan, the same one in every process; None where nothing was found that fits."""
+    walk = _Walk(problem)
+    ceilings = _ceilings(problem)
+    coarse = ceilings if len(ceilings) <= 2 * MOST_CEILINGS else ceilings[_spread(len(ceilings), MOST_CEILINGS)]
+    for share in walk.shares:
+        for ceiling in coarse[::-1]:
+            walk.visit(ceiling, share)
+    if walk.plans and len(coarse) < len(ceilings):
+        middle = min(walk.plans, key=lambda plan: plan[0])[1]
+        position = int(np.searchsorted(coarse, middle))
+        low, high = coarse[max(position - 1, 0)], coarse[min(position + 1, len(coarse) - 1)]
+        near = ceilings[(ceilings > low) & (ceilings < high)]
+        for share in walk.shares:
+            for ceiling in near[_spread(len(near), MOST_CEILINGS)]:
+                walk.visit(ceiling, share)
+    if not walk.plans:
+        return None
+    bound = lower_bound_ms(problem, min(cost for cost, *_ in walk.plans))
+    plans = sorted(walk.plans, key=lambda plan: plan[0])[:FINALISTS]
+    best, steps = None, 0
+    for _, _, placement in plans:
+        better, more = improve(placement, bound)
+        steps += more
+        if best is None or better.cost_ms < best.cost_ms:
+            best = better
+        if best.cost_ms <= bound * 1.0005:
+            break
+    assert best is not None
+    return Found(best, walk.num_proposals + steps, walk.num_plans + steps, min(bound, best.cost_ms))
+
+
+class _Walk:
+    """The plans seen on the way over ceilings; `price` only rises while ceilings change little."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.plans: list[tuple[float, float, Placement]] = []
+        self.num_proposals = self.num_plans = 0
+        self._seen: set[bytes] = set()
+        self._scale = float(np.where(problem.valid_UJ, problem.work_UJ, np.inf).min(axis=1).sum())
+        self._first_price = 0
+        least = np.where(problem.valid_UJ, problem.memory_UJ, np.inf).min(axis=1).sum()
+        self.shares = SHARES if least > TIGHT else SHARES[:1]
+
+    def visit(self, ceiling: float, share: float) -> None:
+        """The cheapest price of memory at which the choice under these ceilings can be placed."""
+        for index in range(max(self._first_price - 1, 0), len(PRICES)):
+            choice_U = choose(self.problem, ceiling, PRICES[index] * self._scale, share)
+            key = choice_U.tobytes()
+            if key in self._seen:
+                continue
+            self._seen.add(key)
+            self.num_proposals += 1
+            placement = place_with_repairs(self.problem, choice_U)
+            if placement is not None:
+                self.num_plans += 1
+                self._first_price = index
+                self.plans.append((placement.cost_ms, ceiling, placement))
+                return
+
+
+def choose(problem: Problem, ceiling_ms: float, price_ms: float, share: float = 1.0) -> Ints:
+    """Per unit the best option whose rectangles take at most so long and at most a share of a rank's memory.
+
+    Where no option does, the one with the quickest rectangles of those within the share; or of all.
+    """
+    score_UJ = problem.work_UJ + price_ms * problem.memory_UJ
+    small_UJ = problem.valid_UJ
+    if share < 1.0:
+        small_UJ = small_UJ & (problem.bytes_UJ2 <= share * problem.caps_W2.max(axis=0)).all(axis=-1)
+    low_UJ = small_UJ & (problem.ms_UJ <= ceiling_ms)
+    choice_U = np.where(low_UJ, score_UJ, np.inf).argmin(axis=1)
+    none_U = ~low_UJ.any(axis=1)
+    if none_U.any():
+        allowed = np.where(small_UJ.any(axis=1)[:, None], small_UJ, problem.valid_UJ)[none_U]
+        smallest = np.where(allowed, problem.ms_UJ[none_U], np.inf)
+        choice_U[none_U] = smallest.argmin(axis=1)
+    return choice_U
+
+
+def place_with_repairs(problem: Problem, choice_U: Ints) -> Placement | None:
+    """Place a choice; a unit that finds no room is spread over more ranks, and placing starts again.
+
+    Tables alike get options alike from `choose`; here some of ten may end up cut otherwise, because nine filled the
+    room.
+    """
+    choice_U = choice_U.copy()
+    bytes_UJ = np.where(problem.valid_UJ, problem.bytes_UJ2.sum(axis=-1), np.inf)
+    for _ in range(MOST_REPAIRS):
+        placed = place_all(problem, choice_U)
+        if isinstance(placed, int):
+            placed = place_all(problem, choice_U, by_memory=True)
+        if not isinstance(placed, int):
+            return placed
+        smaller_J = bytes_UJ[placed] < bytes_UJ[placed, choice_U[placed]] * (1 - 1e-9)
+        if not smaller_J.any():
+            return None
+        choice_U[placed] = np.where(smaller_J, problem.work_UJ[placed], np.inf).argmin()
+    return None
+
+
+def _ceilings(problem: Problem) -> Array:
+    """The heights at which a choice changes, from the lowest at which every unit has an option."""
+    ms_UJ = np.where(problem.valid_UJ, problem.ms_UJ, np.inf)
+    floor = ms_UJ.min(axis=1).max()
+    values = np.unique(ms_UJ[np.isfinite(ms_UJ) & (ms_UJ >= floor)])
+    return values
+
+
+def _spread(size: int, wanted: int) -> Ints:
+    """About `wanted` indices, evenly over `size`, both ends included."""
+    return np.unique(np.linspace(0, size - 1, min(size, wanted)).round().astype(np.int64)) if size else np.empty(0, int)
+
+
+def lower_bound_ms(problem: Problem, known_ms: float) -> float:
+    """What the busiest rank takes at least, in any plan; `known_ms` is what some plan takes.
+
+    In a plan of cost t no rectangle takes longer than t, and the work of all ranks together is at most t x their
+    speeds. The bound is the smallest t for which the cheapest options allow that.
+    """
+    speed = float((1 / problem.slowness_W).sum())
+    fastest = float(problem.slowness_W.min())
+    total_2 = problem.caps_W2.sum(axis=0)
+    kind = 0 if total_2[0] > 0 else 1
+    memory_UJ = problem.bytes_UJ2[..., kind] * problem.count_UJ / max(total_2[kind], 1)
+    ms_UJ = np.where(problem.valid_UJ, problem.ms_UJ, np.inf) * fastest
+
+    def least(t: float) -> float:
+        work_UJ = np.where(ms_UJ <= t, problem.work_UJ, np.inf)
+        cheapest = work_UJ.min(axis=1).sum()
+        if not np.isfinite(cheapest):
+            return np.inf
+        priced = [(work_UJ + p * cheapest * memory_UJ).min(axis=1).sum() - p * cheapest for p in (0.0, 0.3, 1.0, 3.0)]
+        return max(priced) / speed
+
+    low, high = float(ms_UJ.min(axis=1).max()), known_ms
+    if low >= high or least(low) <= low:
+        return min(low, known_ms)
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (low, middle) if least(middle) <= middle else (middle, high)
+    return low
