@@ -71,6 +71,17 @@ EXPECTED = {
         "busiest rank over average, uneven blocks": (1.0, 1.05),
         "busiest rank over average, shuffled": (1.0, 1.1),
     },
+    "13_column_wise": {
+        "ids per bag from which row-wise is cheaper": (33, 33),
+        "busiest rank over average, column-wise": (1.0, 1.0),
+        "busiest rank over average, row-wise": (4.0, 4.0),
+    },
+    "14_table_row_wise_and_grid": {
+        "flat over two hops, 2 ranks per host": (2.0, 2.0),
+        "flat over two hops, 4 ranks per host": (4.0, 4.0),
+        "row-wise over grid, bytes between hosts": (2.5, 2.9),
+        "bytes between hosts, grid on real ranks": (450, 520),
+    },
 }
 
 
