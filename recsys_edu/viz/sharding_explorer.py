@@ -122,8 +122,8 @@ def trial_figure(trial: Trial) -> Figure:
     figure = make_subplots(
         rows=1,
         cols=3,
-        column_widths=[0.3, 0.37, 0.33],
-        horizontal_spacing=0.09,
+        column_widths=[0.3, 0.38, 0.32],
+        horizontal_spacing=0.13,
         subplot_titles=("who holds what", "bytes sent (grey: stays)", "memory of each rank"),
     )
     hosts = f"{setting.num_hosts} {'host' if setting.num_hosts == 1 else 'hosts'}"

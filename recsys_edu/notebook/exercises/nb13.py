@@ -44,9 +44,8 @@ def check_cheapest(answer: Callable[[int, int, int, int], str]) -> None:
         if got not in sent or sent[got] > min(sent.values()):
             both = ", ".join(f"{name}: {4 * number:,} bytes" for name, number in sent.items())
             raise CheckFailed(
-                f"for {bags} bags, {ids} ids, width {width}, {world_size} ranks
-expected the smaller of {both}
-got {got!r}"
+                f"for {bags} bags, {ids} ids, width {width}, {world_size} ranks\n"
+                f"expected the smaller of {both}\ngot {got!r}"
             )
 
 
@@ -103,8 +102,8 @@ EXERCISES = (
         "13.3",
         "Row-wise Adagrad on column blocks",
         "Write `rowwise_adagrad_step(weight, gradient, state, column_cuts, learning_rate)`, which returns "
-        "`(new_weight, new_state)`. `state` is `[R, blocks]`. Each block adds the mean of its squared gradient to its state and then "
-        "takes a step of `learning_rate * gradient / (sqrt(state) + 1e-8)`.",
+        "`(new_weight, new_state)`. `state` is `[R, blocks]`. Each block adds the mean of its "
+        "squared gradient to its state and then takes a step of `learning_rate * gradient / (sqrt(state) + 1e-8)`.",
         difficulty=2,
         importance=3,
         minutes=12,
