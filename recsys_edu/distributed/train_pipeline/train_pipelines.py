@@ -78,8 +78,8 @@ class TrainPipelineBase(TrainPipeline[In, Out]):
     """Copies the next batch to the device while the current one is computed.
 
     >>> pipeline = TrainPipelineBase(model, optimizer, torch.device("cpu"))                # doctest: +SKIP
-    >>> batches = iter(loader)
-    >>> while True:
+    >>> batches = iter(loader)                                                             # doctest: +SKIP
+    >>> while True:                                                                        # doctest: +SKIP
     ...     try:
     ...         output = pipeline.progress(batches)
     ...     except StopIteration:
@@ -137,7 +137,7 @@ class TrainPipelineSparseDist(TrainPipeline[In, Out]):
     """Exchanges the ids of the next batch, and copies the one after, while the current batch is computed.
 
     >>> pipeline = TrainPipelineSparseDist(DistributedModelParallel(model), optimizer, device)   # doctest: +SKIP
-    >>> output = pipeline.progress(batches)          # as with TrainPipelineBase
+    >>> output = pipeline.progress(batches)                                                      # doctest: +SKIP
 
     The first batch runs unpipelined and shows which of its parts feeds which sharded module (input_flights.py). What
     cannot be pipelined is named in one warning and runs as without a pipeline.
