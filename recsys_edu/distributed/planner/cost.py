@@ -33,6 +33,8 @@ Array = NDArray[np.float64]
 
 PHASES = ("fwd_compute", "fwd_comms", "bwd_compute", "bwd_comms", "input_dist_comms", "prefetch_compute")
 """The last axis of `times_ms`, in the order of Perf's fields."""
+COUNTED = tuple(i for i, name in enumerate(PHASES) if name != "input_dist_comms")
+"""Those that make a step longer: ids travel while the step before still computes."""
 
 _SMALLEST_READ = 32  # a whole-row lookup reads at least this many numbers per row
 
@@ -227,6 +229,7 @@ def storage_bytes(
     bookkeeping_N = rect.rows * (4 + 16 * use.cache_ratio)
     cache_N = np.where(rect.cached, table_N * use.cache_ratio + bookkeeping_N, 0.0)
     device_N = np.ceil(np.where(rect.on_host, cache_N, table_N) + buffers_N)
+    device_N = np.where(rect.rows > 0, device_N, 0.0)  # a rank without rows gets no ids
     host_N = np.ceil(np.where(rect.on_host, table_N, 0.0))
     if machine.on_cpu:
         device_N, host_N = np.zeros_like(device_N), device_N + host_N

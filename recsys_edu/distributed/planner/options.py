@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from recsys_edu.distributed.embedding_types import HOST_MEMORY_KERNELS, EmbeddingComputeKernel
 from recsys_edu.distributed.planner.constants import kernel_bw_lookup
 from recsys_edu.distributed.planner.cost import (
+    COUNTED,
     Array,
     Machine,
     Pattern,
@@ -83,7 +84,7 @@ class OptionGrid:
         valid_TJ: which may be chosen; `rejections` has the reason for the others, by (table, column).
         rows_TJ, width_TJ: of a full rectangle.
         row_blocks_TJ, column_blocks_TJ: how many, so `count_TJ` is their product.
-        times_TJ: milliseconds per phase, [T, J, 6]; `ms_TJ` their sum.
+        times_TJ: milliseconds per phase, [T, J, 6]; `ms_TJ` the sum of those that count.
         bytes_TJ: of device and host memory, [T, J, 2].
     """
 
@@ -176,7 +177,7 @@ def enumerate_options(
         row_blocks_TJ=row_blocks_TJ,
         column_blocks_TJ=column_blocks_TJ,
         times_TJ=times,
-        ms_TJ=times.sum(axis=-1),
+        ms_TJ=times[..., COUNTED].sum(axis=-1),
         bytes_TJ=sizes,
     )
 

@@ -171,7 +171,7 @@ def _option_numbers(
         "pooled": option.is_pooled,
         "weighted": bool(getattr(module, "is_weighted", lambda: False)()),
         "ids": sum(b * length * p for b, length, p in zip(batches, lengths, poolings)),
-        "bags": sum(b * p for b, p in zip(batches, poolings)),
+        "bags": sum(b * min(length, 1) * p for b, length, p in zip(batches, lengths, poolings)),
         "element_bytes": element_bytes,
         "output_bytes": element_bytes if option.output_dtype is None else OUTPUT_BYTES.get(option.output_dtype, 4),
         "state_per_cell": state[0],
@@ -234,7 +234,7 @@ def calculate_shard_storages(
     kind = KINDS[sharding_type]
     topology = Topology(world_size, compute_device, local_world_size=local_world_size)
     ids = sum(b * length * p for b, length, p in zip(batch_sizes, input_lengths, num_poolings))
-    bags = sum(b * p for b, p in zip(batch_sizes, num_poolings))
+    bags = sum(b * min(length, 1) * p for b, length, p in zip(batch_sizes, input_lengths, num_poolings))
     split = {Pattern.ROWS_EVERYWHERE: world_size, Pattern.ROWS_ON_HOST: local_world_size}
     state = optimizer_state_bytes(tensor, sharder_data.fused_params)
     size_N2 = np.array(shard_sizes, dtype=np.float64)

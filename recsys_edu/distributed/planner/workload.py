@@ -287,7 +287,7 @@ def _numbers(table: Table, batch_size: int) -> dict[str, float]:
         "block_width": width or c.MIN_CW_DIM,
         "prefetch": bool(cache is not None and cache.prefetch_pipeline),
         "ids": sum(b * length * p for b, length, p in zip(batches, lengths, poolings)),
-        "bags": sum(b * p for b, p in zip(batches, poolings)),
+        "bags": sum(b * min(length, 1) * p for b, length, p in zip(batches, lengths, poolings)),  # empty ones are free
         "pooled": not hasattr(table.module, "embedding_configs"),
         "weighted": bool(getattr(table.module, "is_weighted", lambda: False)()),
         "element_bytes": element_bytes,
