@@ -24,6 +24,7 @@ from recsys_edu.distributed.layout import Layout
 from recsys_edu.distributed.routing import Router, Wire, offsets_of, pad_to_common_batch
 from recsys_edu.kernels import make_kernel
 from recsys_edu.kernels.jagged_ops import permute_1d
+from recsys_edu.sparse.checks import lengths_fit
 from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class LaneLookup:
         weighted: features carry per-sample weights.
 
     Raises:
+        ValueError: from `exchange_input`, on every rank alike, when the lengths of any rank's batch miss its values.
         IndexError: from `exchange_input`, on every rank alike, when any rank's batch has an id that is not a row of
             its table; it names rank, feature, id and table, and nothing has been updated.
         NoBatch: from `exchange_input`, on every rank alike, when a rank called `start_absent`.
@@ -171,7 +173,7 @@ class LaneLookup:
         flight.received_values_W = [row[0] for row in received_W4]
         flight.batch_sizes_W = [row[1] for row in received_W4]
         wire, num_lanes_W = flight.wire, self.layout.num_lanes_W
-        if self.exchange.world_size > 1:
+        if self.exchange.world_size > 1 and self.layout.lanes:
             lengths_W = wire.lengths_LB.to(self.wire_dtype).split(num_lanes_W)
             values_W = wire.values_N.to(self.wire_dtype).split(flight.sent_values_W)
             send = torch.cat([part for pair in zip(lengths_W, values_W) for part in (pair[0].flatten(), pair[1])])
@@ -267,9 +269,14 @@ class LaneLookup:
         return self._routers[keys]
 
     def _find_bad_id(self, kjt: KeyedJaggedTensor) -> Tensor:
-        """[position of the feature + 1, id] of the first id that is no row of its table; [0, 0] when all are."""
+        """[position of the feature + 1, id] of the first id that is no row of its table; [0, 0] when all are.
+
+        A batch whose lengths do not fit its values answers with one feature more than there are.
+        """
         values_N = kjt.values()
         nothing_bad = torch.zeros(2, dtype=torch.int64, device=values_N.device)
+        if not lengths_fit(kjt):
+            return nothing_bad + torch.tensor([len(self.layout.features) + 1, 0], device=values_N.device)
         if values_N.numel() == 0:
             return nothing_bad
         low, high = torch.stack(values_N.aminmax()).tolist()  # host sync: one pass tells most batches are fine
@@ -292,6 +299,11 @@ class LaneLookup:
         if any(feature < 0 for _, _, feature, _ in sizes_W4):
             raise NoBatch([max(-feature, 0) for _, _, feature, _ in sizes_W4])
         for rank, (_, _, feature, bad_id) in enumerate(sizes_W4):
+            if feature > len(self.layout.features):
+                raise ValueError(
+                    f"rank {rank}: the lengths of its batch are negative or do not add up to its number of values. No "
+                    "rank looked anything up; recsys_edu.sparse.jagged_tensor_validator says what is wrong with it"
+                )
             if feature:
                 name = self.layout.features[feature - 1]
                 table = min(

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from recsys_edu.distributed.exchange import Exchange, start_rows, used_codecs
+from recsys_edu.distributed.exchange import Exchange, Transfer, arrived, start_rows, used_codecs
 from recsys_edu.distributed.flight import Flight
 from recsys_edu.distributed.layout import Lane, Layout
 from recsys_edu.distributed.types import QuantizedCommCodecs
@@ -91,6 +91,12 @@ class PooledAssembly:
         in_place = [(run.received, run.answer) for run in self.runs] == [(whole, whole)]
         self.is_identity = in_place and not self.means  # means divide the answer, which must then be a copy
 
+    def start(self, exchange: Exchange, codec, pieces: Tensor, send_W, receive_W, label: str) -> Transfer:
+        """`exchange.start_rows`, or nothing where no rank returns any column (all tables are data-parallel)."""
+        if not any(self.width_S):
+            return arrived(pieces)
+        return start_rows(exchange, codec, pieces, send_W, receive_W, label)
+
     def scatter(self, pieces: Tensor, local_BD: Tensor | None, batch_size: int) -> Tensor:
         """Returned pieces, source after source, to the output [B, D] of sums."""
         if self.is_identity:
@@ -141,7 +147,7 @@ class StartPooled(torch.autograd.Function):
         send_W = [[(batch_size, pooled.shape[1])] for batch_size in flight.batch_sizes_W]
         receive_W = [[(flight.batch_size, width)] for width in assembly.width_W]
         codec = assembly.forward_codec
-        transfer = start_rows(exchange, codec, pooled.flatten(), send_W, receive_W, "pooled embeddings")
+        transfer = assembly.start(exchange, codec, pooled.flatten(), send_W, receive_W, "pooled embeddings")
         flight.under_way["pooled"] = transfer
         return transfer.received.view(-1)
 
@@ -182,7 +188,7 @@ class WaitPooled(torch.autograd.Function):
         alone = flight.batch_size * sum(assembly.width_W)
         send_W = [[(flight.batch_size, width)] for width in assembly.width_W]
         receive_W = [[(batch_size, assembly.width_W[exchange.rank])] for batch_size in flight.batch_sizes_W]
-        flight.under_way["gradients of pooled"] = start_rows(
+        flight.under_way["gradients of pooled"] = assembly.start(
             exchange, assembly.backward_codec, pieces[:alone], send_W, receive_W, "gradients of pooled embeddings"
         )
         if ctx.hosts is None:

@@ -284,6 +284,8 @@ def _checked(
     if spec.validate_ids:
         features = spec.lane_features or tuple(f"lane {lane}" for lane in range(num_lanes))
         bounds = reference.lane_bounds(offsets, num_lanes)
+        if bool((offsets[1:] < offsets[:-1]).any()):  # host sync: a bag of negative length reads foreign memory
+            raise ValueError("offsets decrease: a bag has a negative length")
         check_ids(values_N, bounds, features, spec.lane_table_names, spec.lane_rows)
     return values_N, offsets, per_sample_weights_N
 

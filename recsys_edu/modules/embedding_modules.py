@@ -35,6 +35,7 @@ from recsys_edu.modules.embedding_configs import (
     init_table,
     pooling_type_to_str,
 )
+from recsys_edu.sparse.checks import lengths_fit
 from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 
@@ -408,11 +409,11 @@ def in_lane_order(features: KeyedJaggedTensor, lane_features: Sequence[str]) -> 
 
 def check_lane_ids(features: KeyedJaggedTensor, lanes: Lanes) -> None:
     """Refuse a batch, already in lane order, whose lengths miss its values or that holds an id outside its table."""
-    num_values, counted = features.values().numel(), features.length_per_key()
-    if sum(counted) != num_values:
-        per_feature = dict(zip(lanes.features, counted))
+    if not lengths_fit(features):
+        counted, negative = features.length_per_key(), int((features.lengths() < 0).sum())
         raise ValueError(
-            f"the lengths add up to {sum(counted)} ids, but there are {num_values} values; per feature: {per_feature}"
+            f"the lengths add up to {sum(counted)} ids, but there are {features.values().numel()} values; per feature: "
+            f"{dict(zip(lanes.features, counted))}{f'; {negative} lengths are negative' if negative else ''}"
         )
     check_ids(features.values(), features.offset_per_key(), lanes.features, lanes.table_names, lanes.num_rows)
 

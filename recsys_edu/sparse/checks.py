@@ -6,9 +6,13 @@ Checks that look at the data itself are in `jagged_tensor_validator`, on request
 from __future__ import annotations
 
 from abc import ABCMeta
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from recsys_edu.sparse.keyed_jagged import KeyedJaggedTensor
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -88,3 +92,11 @@ def check_keyed_structure(
         )
     elif not keys and num_lengths:
         raise JaggedInputError(f"{num_lengths} lengths but no keys: name the feature each block of lengths belongs to.")
+
+
+def lengths_fit(kjt: KeyedJaggedTensor) -> bool:
+    """Whether no length is negative and all of them add up to the number of values: what a kernel may rely on."""
+    lengths = kjt.lengths()
+    if lengths.numel() and int(lengths.min()) < 0:  # host sync: a kernel would read outside the values
+        return False
+    return sum(kjt.length_per_key()) == kjt.values().size(0)

@@ -196,7 +196,9 @@ def test_two_collectives_in_and_one_per_pattern_out(kind: str, weighted: bool) -
     inputs = [label for label in labels if label not in outputs]
     assert inputs == ["sizes", "lengths and ids", *(["weights"] if weighted else [])]
     uses_hosts = kind in ("table_row_wise", "grid", "mixed")
-    assert [label for label in labels if label in outputs] == (outputs if uses_hosts else outputs[:1])
+    returned = outputs if uses_hosts else outputs[:1]
+    # Of data-parallel copies every rank keeps its own answers: none come back.
+    assert [label for label in labels if label in outputs] == ([] if kind == "data_parallel" else returned)
     # Backward: as many as came back, one for copies trained in backward, one for the gradients of weights.
     copies = kind in ("data_parallel", "mixed")
     assert all(len(of_rank) == len(backward[0]) for of_rank in backward)
@@ -260,6 +262,23 @@ def test_a_bad_id_on_one_rank_stops_all_and_changes_nothing(pooled: bool, bad_id
 
     world.step(batches_of_step(tables, 4, 1))
     world.compare_weights()
+
+
+@pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "sequence"])
+def test_lengths_that_miss_the_values_on_one_rank_stop_all(pooled: bool) -> None:
+    tables = bag_tables() if pooled else sequence_tables()
+    world = World(collection(tables), lambda m: plan_of(m, "mixed", 4, HOST), 4, "rowwise_adagrad", HOST)
+    before = snapshot(world.modules)
+    batches = batches_of_step(tables, 4, 1)
+    lengths = batches[1].lengths().clone()
+    lengths[0], lengths[1] = lengths[0] + lengths[1] + 1, -1  # the same sum: only the sign tells
+    torn = KeyedJaggedTensor(batches[1].keys(), batches[1].values(), lengths=lengths, stride=batches[1].stride())
+    batches[1] = torn
+    flights = [module.start_input(batch) for module, batch in zip(world.modules, batches)]
+    for module, flight in zip(world.modules, flights):
+        with pytest.raises(ValueError, match="rank 1: the lengths of its batch"):
+            module.exchange_input(flight)
+    assert_same_bits(snapshot(world.modules), before)
 
 
 def test_an_id_too_large_for_one_of_its_tables_names_that_table() -> None:

@@ -407,3 +407,11 @@ def test_a_string_for_feature_names_is_refused():
     table = EmbeddingBagConfig(name="t", num_embeddings=9, embedding_dim=4, feature_names="xy")
     with pytest.raises(TypeError, match="table 't': feature_names must be a list, got the string 'xy'"):
         EmbeddingBagCollection(tables=[table])
+
+
+@pytest.mark.parametrize("lengths", [[4, -1, 0, 0], [2, 2, 0, 0]])
+def test_lengths_that_miss_the_values_never_reach_a_kernel(lengths):
+    collection = EmbeddingBagCollection([EmbeddingBagConfig(5, 4, "t", feature_names=["x", "y"])])
+    batch = KeyedJaggedTensor(["x", "y"], torch.tensor([0, 1, 2]), lengths=torch.tensor(lengths))
+    with pytest.raises(ValueError, match="lengths add up to"):
+        collection(batch)
