@@ -21,10 +21,10 @@ from recsys_edu.distributed.planner.types import (
     PlannerError,
     PlannerErrorType,
     Shard,
-    SharderData,
     ShardEstimator,
     ShardingOption,
     Topology,
+    sharder_data_of,
 )
 from recsys_edu.distributed.planner.utils import sharder_name
 from recsys_edu.distributed.planner.workload import read_workload
@@ -117,10 +117,7 @@ class EmbeddingEnumerator(Enumerator):
 
     def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
         """Estimate (again) what the shards cost."""
-        data = {
-            name: SharderData(getattr(sharder, "fused_params", None) or {}, {})
-            for name, sharder in self._sharder_map.items()
-        }
+        data = sharder_data_of(self._sharder_map.values())
         for estimator in self._estimators:
             estimator.estimate(sharding_options, data)
 

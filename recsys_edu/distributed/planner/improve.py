@@ -2,7 +2,10 @@
 
 Three steps, in this order: move one of its rectangles, swap one with a lighter one elsewhere, or give one of its
 tables another sharding type. A step is taken when it lowers the plan's cost (the load of the busiest rank), or leaves
-the cost and evens out the rest. No randomness and no clock: every process takes the same steps.
+the cost and evens out the rest. Where no step helps, `shake` takes a few tables out at once and puts them back, each
+where it then costs least ("ruin and recreate": Schrimpf et al., Journal of Computational Physics 159, 2000).
+
+The dice start from a fixed seed and there is no clock: every process takes the same steps.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ PER_LOOK = 400  # what looking at one option costs besides its arrays
 GOOD_ENOUGH = 1.0005
 
 
-def improve(start: Placement, bound_ms: float) -> tuple[Placement, int]:
-    """The improved plan and the number of steps taken; `start` stays as it is."""
+def improve(start: Placement, bound_ms: float, recut: bool = True) -> tuple[Placement, int]:
+    """The improved plan and the number of steps taken; `start` stays as it is. `recut` allows other sharding types."""
     plan, steps, spent = start.copy(), 0, 0
     look = plan.problem.world_size + PER_LOOK
     while plan.cost_ms > bound_ms * GOOD_ENOUGH and spent < BUDGET:
@@ -29,12 +32,65 @@ def improve(start: Placement, bound_ms: float) -> tuple[Placement, int]:
         if _move_or_swap(plan, rank, units):
             steps += 1
             continue
+        if not recut:
+            break
         tried, better = _recut(plan, rank, units)
         spent += tried * look
         if not better:
             break
         steps += 1
     return plan, steps
+
+
+def shake(start: Placement, bound_ms: float, rounds: int) -> tuple[Placement, int]:
+    """The best plan of `rounds` attempts to rebuild a part of it, and how many plans were made."""
+    dice = np.random.default_rng(0)
+    best, made = start, 0
+    num_units = len(start.ranks_U)
+    for _ in range(rounds if num_units > 1 else 0):
+        if best.cost_ms <= bound_ms * GOOD_ENOUGH:
+            break
+        trial = best.copy()
+        busiest = trial.units_on(int(trial.load_W.argmax()))
+        some = min(int(dice.integers(2, 6)), num_units)
+        out = {int(dice.choice(busiest)), *dice.choice(num_units, size=some, replace=False).tolist()}
+        if not _rebuild(trial, sorted(out, key=lambda u: -trial.problem.work_UJ[u, trial.choice_U[u]])):
+            continue
+        trial, more = improve(trial, bound_ms, recut=False)
+        made += 1 + more
+        if _better(trial, best):
+            best = trial
+    return best, made
+
+
+def _better(plan: Placement, other: Placement) -> bool:
+    """Cheaper; or as cheap and more even."""
+    mine, theirs = plan.cost_ms, other.cost_ms
+    evener = float((plan.load_W**2).sum()) < float((other.load_W**2).sum()) * (1 - 1e-9)
+    return mine < theirs * (1 - 1e-9) or (mine <= theirs * (1 + 1e-9) and evener)
+
+
+def _rebuild(plan: Placement, units: list[int]) -> bool:
+    """Take units out and put them back one after the other, each with the option that then costs least."""
+    for unit in units:
+        plan.remove(unit)
+    problem = plan.problem
+    for unit in units:
+        best: tuple[float, float, int, np.ndarray] | None = None
+        for column in np.flatnonzero(problem.valid_UJ[unit]).tolist():
+            ranks = plan.find(unit, column)
+            if ranks is None:
+                continue
+            load_W = plan.load_W.copy()
+            np.add.at(load_W, ranks, problem.ms_UJ[unit, column] * problem.slowness_W[ranks])
+            # What a unit adds to every rank counts as well as to the busiest: the others are still to come.
+            key = (max(float(load_W.max()), plan.cost_ms), float(problem.work_UJ[unit, column]))
+            if best is None or key < best[:2]:
+                best = (*key, column, ranks)
+        if best is None:
+            return False
+        plan.put(unit, best[2], best[3])
+    return True
 
 
 def _movable(plan: Placement, unit: int) -> bool:

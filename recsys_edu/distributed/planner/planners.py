@@ -46,13 +46,13 @@ from recsys_edu.distributed.planner.types import (
     PlannerError,
     PlannerErrorType,
     Proposer,
-    SharderData,
     ShardingOption,
     Stats,
     StorageReservation,
     Topology,
+    sharder_data_of,
 )
-from recsys_edu.distributed.planner.utils import reset_shard_rank, sharder_name
+from recsys_edu.distributed.planner.utils import reset_shard_rank
 from recsys_edu.distributed.planner.workload import Workload, read_workload
 from recsys_edu.distributed.sharding.tiling import Shard, parameter_sharding_from, validate
 from recsys_edu.distributed.sharding_plan import get_default_sharders
@@ -302,9 +302,7 @@ class EmbeddingShardingPlanner(ShardingPlanner):
         plan = to_sharding_plan(options, self._topology)
         talkative = [stats for stats in self._stats if not isinstance(stats, NoopEmbeddingStats)]
         if talkative:
-            data = {
-                sharder_name(s.module_type): SharderData(getattr(s, "fused_params", None) or {}, {}) for s in sharders
-            }
+            data = sharder_data_of(sharders)
             EmbeddingPerfEstimator(self._topology, self._constraints).estimate(options, data)
             EmbeddingStorageEstimator(self._topology, self._constraints).estimate(options, data)
         for stats in talkative:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from recsys_edu.distributed.planner.cost import Array
-from recsys_edu.distributed.planner.improve import improve
+from recsys_edu.distributed.planner.improve import improve, shake
 from recsys_edu.distributed.planner.placement import Ints, Placement, Problem, place_all
 
 PRICES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1e4, 1e8)
@@ -34,6 +34,7 @@ TIGHT = 0.3  # of all memory: below it only the first share is tried
 MOST_CEILINGS = 14
 FINALISTS = 3
 MOST_REPAIRS = 12
+SHAKES = 30
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def search(problem: Problem) -> Found | None:
         if best.cost_ms <= bound * 1.0005:
             break
     assert best is not None
+    best, more = shake(best, bound, SHAKES)
+    steps += more
     return Found(best, walk.num_proposals + steps, walk.num_plans + steps, min(bound, best.cost_ms))
 
 

@@ -55,9 +55,7 @@ class EmbeddingPerfEstimator(ShardEstimator):
         self._constraints = constraints or {}
         self._is_inference = is_inference
 
-    def estimate(
-        self, sharding_options: list[ShardingOption], sharder_data_map: dict[str, SharderData] | None = None
-    ) -> None:
+    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: dict[str, SharderData]) -> None:
         rectangles, lookups = _flatten(sharding_options, self._topology, self._constraints, sharder_data_map)
         times = times_ms(rectangles, lookups, Machine.of(self._topology), self._is_inference)
         shards = [shard for option in sharding_options for shard in option.shards]
@@ -89,9 +87,7 @@ class EmbeddingStorageEstimator(ShardEstimator):
         self._ephemeral = run_embedding_at_peak_memory
         self._is_inference = is_inference
 
-    def estimate(
-        self, sharding_options: list[ShardingOption], sharder_data_map: dict[str, SharderData] | None = None
-    ) -> None:
+    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: dict[str, SharderData]) -> None:
         rectangles, lookups = _flatten(sharding_options, self._topology, self._constraints, sharder_data_map)
         machine = Machine.of(self._topology)
         sizes = storage_bytes(rectangles, lookups, machine, self._pipeline_type, self._ephemeral, self._is_inference)

@@ -33,7 +33,7 @@ from recsys_edu.distributed.types import CacheParams, KeyValueParams, ModuleShar
 from recsys_edu.types import DataType
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 __all__ = [
     "BasicCommsBandwidths",
@@ -59,7 +59,9 @@ __all__ = [
     "Stats",
     "Storage",
     "StorageReservation",
+    "StorageUsageType",
     "Topology",
+    "sharder_data_of",
 ]
 
 
@@ -296,13 +298,29 @@ class ShardingOption:
         return f"ShardingOption({self.fqn}, {self.sharding_type}, {self.compute_kernel}, {self.num_shards} x {sizes})"
 
 
+class StorageUsageType(Enum):
+    """Which family of sharders counts the storage."""
+
+    BASE_QUANT = "BaseQuantEmbeddingSharder"
+    BASE = "BaseEmbeddingSharder"
+    DEFAULT = "ModuleSharder"
+
+
 @dataclass
 class SharderData:
-    """What estimators need to know of a sharder."""
+    """What estimators need to know of a sharder; sizes in bytes per number, forward and backward."""
 
     fused_params: dict[str, Any]
     qcomm_dtype_sizes: dict[str, tuple[float, float]]
-    storage_usage_type: Any = None
+    storage_usage_type: StorageUsageType
+
+
+def sharder_data_of(sharders: Iterable[ModuleSharder[Any]]) -> dict[str, SharderData]:
+    """The `sharder_data_map` that estimators take: by the name of the module type."""
+    return {
+        sharder_name(s.module_type): SharderData(getattr(s, "fused_params", None) or {}, {}, StorageUsageType.BASE)
+        for s in sharders
+    }
 
 
 @dataclass
@@ -310,7 +328,7 @@ class PlanDebugStats:
     """Further facts that a planner may hand to its `Stats`."""
 
     planner_type: str
-    timeout_seconds: int | None = None
+    timeout_seconds: int | None
 
 
 # ---------------------------------------------------------------- the parts of a planner
