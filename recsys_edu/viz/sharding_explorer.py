@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recsys_edu.distributed.sharding.tiling import COLUMN_ALIGNMENT, Shard, draw, shards_from
+from recsys_edu.distributed.sharding.tiling import COLUMN_ALIGNMENT, Shard, shards_from
 from recsys_edu.distributed.sharding_plan import (
     column_wise,
     construct_module_sharding_plan,
@@ -359,6 +359,3 @@ def _wrapped(text: str, width: int) -> list[str]:
 def _fixed_width(art: str) -> str:
     lines = [line.replace(" ", "&nbsp;") for line in art.splitlines()]
     return f'<span style="font-family:monospace">{"<br>".join(lines)}</span>'
-
-
-__all__ = ["Setting", "Trial", "draw", "draw_your_own", "explorer_figure", "run_trial", "shards_from_drawing"]
