@@ -32,6 +32,10 @@ KERNEL_NAME = "python3"
 ANSI_ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
+MEASURING = ("01", "02")
+"""How the names of notebooks begin whose recorded numbers are times or bandwidths."""
+
+
 @dataclass(frozen=True)
 class NotebookRun:
     """What came of one notebook: `error` is None where it ran to its end."""
@@ -100,14 +104,26 @@ def run_notebooks(
     timeout_s: float = 1800,
     jobs: int | None = None,
 ) -> list[NotebookRun]:
-    """Execute the notebooks with papermill, several at once where memory and cores allow, in the order given."""
+    """Execute the notebooks with papermill, several at once where memory and cores allow; results in the order given.
+
+    Notebooks that measure speed (`MEASURING`) run afterwards, one at a time: beside others they would measure those.
+    """
     jobs = min(len(notebooks) or 1, jobs or jobs_that_fit())
     out.mkdir(parents=True, exist_ok=True)
+    alone = [path for path in notebooks if path.parent.name != "solutions" and path.name.startswith(MEASURING)]
+    runs: dict[Path, NotebookRun] = {}
+    for paths, at_once in (([path for path in notebooks if path not in alone], jobs), (alone, 1)):
+        runs |= zip(paths, _run_side_by_side(paths, parameters, out, timeout_s, at_once))
+    return [runs[path] for path in notebooks]
+
+
+def _run_side_by_side(
+    paths: Sequence[Path], parameters: Mapping[str, Any], out: Path, timeout_s: float, jobs: int
+) -> list[NotebookRun]:
     with tempfile.TemporaryDirectory(prefix="recsys_edu-kernel-") as kernel_home:
         environment = _environment(Path(kernel_home), jobs)
         with ThreadPoolExecutor(max_workers=jobs) as pool:
-            runs = pool.map(lambda path: run_one(path, parameters, out, timeout_s, environment), notebooks)
-            return list(runs)
+            return list(pool.map(lambda path: run_one(path, parameters, out, timeout_s, environment), paths))
 
 
 def run_one(
