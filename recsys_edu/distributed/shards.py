@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_edu.distributed.embedding_types import EmbeddingComputeKernel
-from recsys_edu.distributed.exchange import Exchange, check_same_on_every_rank
+from recsys_edu.distributed.exchange import Exchange, GroupExchange, check_same_on_every_rank
 from recsys_edu.distributed.flight import LaneLookup
 from recsys_edu.distributed.layout import RankKernel, ShardedTable
 from recsys_edu.distributed.replicas import Replicas
@@ -200,6 +200,21 @@ def local_shards(rank_kernels: Iterable[RankKernel], kernels: Iterable[Kernel]) 
     return found
 
 
+@torch.no_grad()
+def _copy_from_rank_0(weight: Tensor, exchange: Exchange) -> None:
+    """Make the copies of a table equal at the start, as DDP does; their updates keep them so. Collective.
+
+    Simulated ranks are made one after another and cannot wait for each other: give them a module that has weights.
+    """
+    if not isinstance(exchange, GroupExchange) or exchange.world_size == 1:
+        return
+    is_first, others = exchange.rank == 0, [0] * (exchange.world_size - 1)
+    send = weight.flatten().repeat(exchange.world_size) if is_first else weight.new_empty(0)
+    send_W = [weight.numel() if is_first else 0] * exchange.world_size
+    received = exchange.start(send, send_W, [weight.numel(), *others], "first values of copies").wait()
+    weight.copy_(received.view_as(weight))
+
+
 def _table_modules(owner: ShardedTables, local: Mapping[str, list[LocalShard]]) -> nn.ModuleDict:
     """One module with a `weight` per table in config order, its shards filled."""
     modules, replicas = nn.ModuleDict(), owner.replicas.parameters()
@@ -214,6 +229,8 @@ def _table_modules(owner: ShardedTables, local: Mapping[str, list[LocalShard]]) 
             continue
         for piece in local.get(table.name, []):
             fill_shard(piece.weight, piece.shard, config, source.weight)
+            if table.everywhere and source.weight is not None:
+                _copy_from_rank_0(piece.weight, owner.exchange)
         modules[table.name] = TableShards(table, local.get(table.name, []), source)
     return modules
 
