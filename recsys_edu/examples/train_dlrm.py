@@ -2,6 +2,7 @@
 
     python   -m recsys_edu.examples.train_dlrm --dataset movielens
     torchrun --nproc-per-node 2 -m recsys_edu.examples.train_dlrm --dataset synthetic-criteo --sharding row_wise
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1      # several hosts with restarts; on each of them:
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --max-restarts 3 \\
         -m recsys_edu.examples.train_dlrm --dataset criteo --data DAYS --out SHARED_FOLDER --checkpoint-every 1000
 
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.rendezvous import rendezvous
 
 from recsys_edu.distributed import sharding_plan
 from recsys_edu.distributed.checkpoint import FACTS_FILE, load_checkpoint, save_checkpoint
@@ -84,9 +86,28 @@ def process_group(timeout: float) -> Iterator[torch.device]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    limit = timedelta(seconds=timeout)
+    if life := os.environ.get("TORCHELASTIC_RESTART_COUNT"):
+        # torchrun's own store outlives a restart; ranks must not meet the addresses of those that have died.
+        _check_restarts()
+        store, rank, world_size = next(rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore(f"life {life}", store) if os.environ.get("GROUP_WORLD_SIZE") == "1" else store
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+    else:
+        dist.init_process_group(backend, timeout=limit)
     yield device
     dist.destroy_process_group()
+
+
+def _check_restarts() -> None:
+    """On several hosts each torchrun counts restarts for itself, so only a store of the ranks' own is safe."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    own_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False"
+    if restarts and not own_store and os.environ.get("GROUP_WORLD_SIZE") != "1":
+        raise ValueError(
+            "torchrun --max-restarts on several hosts: start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+            "environment, or a restarted rank may look for one that has died (pytorch issue 135712)"
+        )
 
 
 def make_task(args: argparse.Namespace, rank: int, world_size: int) -> CTRTask:
