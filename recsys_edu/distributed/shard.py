@@ -15,6 +15,7 @@ from torch import nn
 from recsys_edu.distributed.comm import get_local_size
 from recsys_edu.distributed.sharding_plan import (
     construct_module_sharding_plan,
+    default_compute_kernel,
     default_sharder_for,
     get_default_sharders,
 )
@@ -24,6 +25,7 @@ from recsys_edu.distributed.types import (
     ModuleShardingPlan,
     ShardingEnv,
     ShardingPlan,
+    ShardingType,
 )
 from recsys_edu.distributed.utils import append_prefix, init_parameters
 
@@ -78,6 +80,8 @@ def shard_modules(
     env, device = env or default_env(), device or torch.device("cpu")
     sharders = sharders or get_default_sharders()
     plan = plan or default_plan(module, env, device, sharders)
+    if hasattr(plan, "check_world"):  # a planner's plan knows what it was made for
+        plan.check_world(env.world_size, get_local_size(env.world_size), device.type)
     known = {sharder.module_type: sharder for sharder in sharders}
     _check_paths(module, plan, known)
     sharded = _shard_tree(module, "", env, device, plan, known)
@@ -96,38 +100,24 @@ def default_env() -> ShardingEnv:
 def default_plan(
     module: nn.Module, env: ShardingEnv, device: torch.device, sharders: Iterable[ModuleSharder[Any]]
 ) -> ShardingPlan:
-    """A plan from sizes alone: the largest tables first, each whole on the rank with the least rows x columns so far.
+    """What the planner makes of the model for this world: the same on every rank, without asking anyone.
 
-    A table larger than an even share of all of them is cut by rows over all ranks.
+    Tables train as their parameters say: inside backward where an optimizer is attached, else with a gradient.
     """
-    from recsys_edu.distributed.sharding_plan import row_wise, table_wise
+    from recsys_edu.distributed.planner import EmbeddingShardingPlanner, Topology
 
     known = {sharder.module_type: sharder for sharder in sharders}
-    found = [(path, child) for path, child in module.named_modules() if type(child) in known]
-    tables = {
-        (path, name): parameter
-        for path, child in found
-        for name, parameter in known[type(child)].shardable_parameters(child).items()
-    }
-    share = sum(parameter.numel() for parameter in tables.values()) / env.world_size
-    load = [0] * env.world_size
-    generators: dict[str, dict[str, Callable[..., Any]]] = {path: {} for path, _ in found}
-    for (path, name), parameter in sorted(tables.items(), key=lambda item: -item[1].numel()):
-        if parameter.numel() > share and env.world_size > 1:
-            generators[path][name] = row_wise()
-            continue
-        rank = load.index(min(load))
-        load[rank] += parameter.numel()
-        generators[path][name] = table_wise(rank)
-    local_size = get_local_size(env.world_size)
-    return ShardingPlan(
-        {
-            path: construct_module_sharding_plan(
-                child, generators[path], known[type(child)], local_size, env.world_size, device.type
-            )
-            for path, child in found
-        }
-    )
+    if not any(type(child) in known for child in module.modules()):
+        return ShardingPlan({})
+    topology = Topology(env.world_size, device.type, local_world_size=get_local_size(env.world_size))
+    plan = EmbeddingShardingPlanner(topology).plan(module, list(known.values()))
+    for path, module_plan in plan.plan.items():
+        child = module.get_submodule(path)
+        parameters = known[type(child)].shardable_parameters(child)
+        for name, sharding in module_plan.items():  # type: ignore[attr-defined]
+            if sharding.sharding_type != ShardingType.DATA_PARALLEL.value:
+                sharding.compute_kernel = default_compute_kernel(parameters[name], known[type(child)])
+    return plan
 
 
 def _check_paths(module: nn.Module, plan: ShardingPlan, known: dict[type, ModuleSharder[Any]]) -> None:

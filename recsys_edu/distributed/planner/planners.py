@@ -53,7 +53,7 @@ from recsys_edu.distributed.planner.types import (
     sharder_data_of,
 )
 from recsys_edu.distributed.planner.utils import reset_shard_rank
-from recsys_edu.distributed.planner.workload import Workload, read_workload
+from recsys_edu.distributed.planner.workload import Workload, read_workload, shardable_modules
 from recsys_edu.distributed.sharding.tiling import Shard, parameter_sharding_from, validate
 from recsys_edu.distributed.sharding_plan import get_default_sharders
 from recsys_edu.distributed.types import (
@@ -223,12 +223,14 @@ class EmbeddingShardingPlanner(ShardingPlanner):
             return self._plan_by_proposals(module, sharders, usable, start)
         workload = read_workload(module, sharders, self._topology, self._batch_size, self._constraints)
         if not len(workload):
-            return ShardingPlan({})
+            paths = shardable_modules(module, sharders)
+            return ShardingPlan({path: EmbeddingModuleShardingPlan() for path in paths})
         found = self._search(workload, usable)
         options = chosen_options(found, self._batch_size)
         plan = self._finish(options, sharders, start, found.num_proposals, found.num_plans)
+        empty = {path: EmbeddingModuleShardingPlan() for path in shardable_modules(module, sharders)}
         return PlannedSharding(
-            plan.plan,
+            {**empty, **plan.plan},
             found=found,
             topology=self._topology,
             usable=usable,

@@ -161,6 +161,11 @@ def _find(
         pending += reversed(below)
 
 
+def shardable_modules(module: nn.Module, sharders: Sequence[ModuleSharder[Any]]) -> list[str]:
+    """Paths of the modules that a sharder knows, with tables or without."""
+    return [path for path, *_ in _find(module, sharders)]
+
+
 def _features(module: nn.Module) -> dict[str, list[str]]:
     for getter in ("embedding_bag_configs", "embedding_configs"):
         if hasattr(module, getter):
@@ -246,6 +251,10 @@ def _allowed_ranks(name: str, constraint: ParameterConstraints, topology: Topolo
 
 def _arrays(tables: Sequence[Table], batch_size: int) -> Workload:
     columns: dict[str, list[float]] = {}
+    if not tables:
+        none = np.empty(0)
+        empty = dict.fromkeys(Lookups.__dataclass_fields__, none) | dict.fromkeys(("pooled", "weighted"), none > 0)
+        return Workload((), none, none, none, none, Lookups(**empty))
     for table in tables:
         for key, value in _numbers(table, batch_size).items():
             columns.setdefault(key, []).append(value)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pickle
 
 import numpy as np
 import pytest
+import torch
 from planner_cases import TRILLION_3, TRILLION_125, check, collection, plan_for, random_shapes, repeated
 
+from recsys_edu.distributed.model_parallel import DistributedModelParallel
 from recsys_edu.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from recsys_edu.distributed.planner.constants import GIB
 from recsys_edu.distributed.planner.cost import COUNTED
 from recsys_edu.distributed.planner.partitioners import GreedyPerfPartitioner, MemoryBalancedPartitioner, SortBy
 from recsys_edu.distributed.planner.placement import place_all
 from recsys_edu.distributed.planner.proposers import DynamicProgrammingProposer, GreedyProposer, UniformProposer
+from recsys_edu.distributed.planner.report import PlannedSharding
 from recsys_edu.distributed.planner.types import CustomTopologyData, PlannerError, PlannerErrorType
+from recsys_edu.distributed.shard import default_plan
 from recsys_edu.distributed.sharding_plan import get_default_sharders
-from recsys_edu.distributed.types import ShardingPlan
+from recsys_edu.distributed.types import ShardingEnv, ShardingPlan
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -229,6 +234,24 @@ def test_a_plan_for_other_machines_is_refused() -> None:
     plan.check_world(4, 2, "cuda")
     with pytest.raises(PlannerError, match="world size 4, here 2; device cuda, here cpu"):
         plan.check_world(2, 2, "cpu")
+    with pytest.raises(PlannerError, match="world size 4, here 1; ranks per host 2, here 1; device cuda, here cpu"):
+        DistributedModelParallel(torch.nn.Sequential(collection([(10, 4)])), plan=moved_to(plan, "0"))
+
+
+def moved_to(plan: PlannedSharding, path: str) -> PlannedSharding:
+    """The plan of a collection, for a model that has it at `path`."""
+    return dataclasses.replace(plan, plan={path: plan.plan[""]})
+
+
+def test_a_model_without_a_plan_gets_the_planners() -> None:
+    model = torch.nn.Sequential(collection([(10, 4), (2000, 8)]), torch.nn.Linear(12, 1))
+    plan = default_plan(model, ShardingEnv.from_local(4, 0), torch.device("cpu"), get_default_sharders())
+    assert isinstance(plan, PlannedSharding) and sorted(plan.plan["0"]) == ["t0", "t1"]
+    kernels = {sharding.compute_kernel for sharding in plan.plan["0"].values()}
+    assert kernels == {"dense"}  # no optimizer is attached, so gradients are wanted
+    assert default_plan(torch.nn.Linear(1, 1), ShardingEnv.from_local(4, 0), torch.device("cpu"), []).plan == {}
+    empty = EmbeddingShardingPlanner(topology=Topology(2, "cpu")).plan(collection([]), get_default_sharders())
+    assert empty.plan == {"": {}}
 
 
 @pytest.mark.parametrize(
