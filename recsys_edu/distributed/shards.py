@@ -259,6 +259,21 @@ def fused_tables_optimizer(modules: nn.ModuleDict, prefix: str, kernels: Sequenc
     return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
 
 
+def _column_cuts(table: ShardedTable) -> tuple[int, ...]:
+    """Where columns are cut, ends included; as `TiledTensor.column_cuts` where the cuts change down the table."""
+    starts_of_row: dict[int, set[int]] = {}
+    for shard in table.shards:
+        starts_of_row.setdefault(shard.rows.start, set()).add(shard.columns.start)
+    runs: list[tuple[int, tuple[int, ...]]] = []
+    for row, starts in sorted(starts_of_row.items()):
+        cuts = (*sorted(starts), table.num_columns)
+        if not runs or runs[-1][1] != cuts:
+            runs.append((row, cuts))
+    if len(runs) == 1:
+        return runs[0][1]
+    return tuple(number for row, cuts in runs for number in (-1 - row, *cuts))
+
+
 def _tiled_state(module: TableShards) -> dict[str, Tensor]:
     """The table's optimizer state: one value per weight, or per row and column block (row-wise optimizers)."""
     table = module.table
@@ -279,7 +294,7 @@ def _tiled_state(module: TableShards) -> dict[str, Tensor]:
             elif per_row:
                 values, offsets = values.unsqueeze(1), (offsets[0], starts.index(offsets[1]))
             tiles.append(Tile(offsets, values))
-        cuts = (*starts, table.num_columns) if per_row and len(starts) > 1 else ()
+        cuts = _column_cuts(table) if per_row and len(starts) > 1 else ()
         state[name] = TiledTensor(size, tiles, column_cuts=cuts)
     if optimizer.counts_steps:
         # One number, the same wherever the table has a shard; a rank without one must not offer a number of its own.

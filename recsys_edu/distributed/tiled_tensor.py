@@ -45,7 +45,8 @@ class TiledTensor(Tensor):
         tiles: this rank's; may be empty.
         dtype, device: needed where there are no tiles.
         column_cuts: for state that has one number per row and column block, where the blocks begin (with the end);
-            empty for everything else and where rows are whole.
+            empty for everything else and where rows are whole. Where the cuts change down the table, those of every
+            stretch of rows follow each other, each led by -1 minus its first row.
 
     Raises:
         NotImplementedError: on any operation other than reading its size or making a detached copy.
