@@ -101,6 +101,7 @@ class ShardedEmbeddingCollection(nn.Module):
 
     def lookup(self, flight: Flight) -> None:
         """Phase 3: look up this rank's lanes and start to return the rows."""
+        self._shards.fused_optimizer.zero_grad()  # hands learning rates that were changed to the kernels
         self._lookup.lookup(flight)
         flight.places = self._assembly.places(flight)
         kernels = self._lookup.rank_kernels

@@ -131,6 +131,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
 
     def lookup(self, flight: Flight) -> None:
         """Phase 3: look up this rank's lanes and start to return the pooled columns."""
+        self._shards.fused_optimizer.zero_grad()  # hands learning rates that were changed to the kernels
         self._lookup.lookup(flight)
         copies = [answer for answer, everywhere in zip(flight.results, self._everywhere) if everywhere]
         pooled = [answer.rows for answer, everywhere in zip(flight.results, self._everywhere) if not everywhere]
