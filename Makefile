@@ -24,7 +24,7 @@ endef
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
-demo:  ## train DLRM on MovieLens-100K in notebook 00, print its metrics, write an HTML report
+demo:  ## train DLRM on MovieLens-100K in notebook 00, then sharded on two ranks; metrics and an HTML report
 	$(call setup,notebooks)
 	@$(RUN) -m recsys_edu.notebook.cli demo
 

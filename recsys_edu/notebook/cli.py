@@ -2,13 +2,14 @@
 
 recsys_edu doctor                       what is installed and what to do about mismatches
 recsys_edu data fetch                   MovieLens-100K into the cache
-recsys_edu demo                         fetch the data, run notebook 00, print its numbers
+recsys_edu demo                         fetch the data, run notebook 00, train sharded on two ranks
 recsys_edu notebooks run 02 --profile ci
 recsys_edu bench                        every benchmark of the checkout
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -48,12 +49,22 @@ def notebooks(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    """MovieLens-100K through notebook 00: its numbers, and where the report lies"""
+    """MovieLens-100K through notebook 00, then sharded on two ranks: their numbers, and where the report lies"""
     start = time.monotonic()
-    status = data(["fetch"]) or notebooks(["run", "00", "--profile", "course", *arguments])
+    status = data(["fetch"]) or notebooks(["run", "00", "--profile", "course", *arguments]) or train_sharded()
     if status == 0:
         print(f"done in {time.monotonic() - start:.0f} s. Next: make lab, or open notebooks/ in any Jupyter")
     return status
+
+
+def train_sharded(ranks: int = 2) -> int:
+    """DLRM on MovieLens with its tables sharded over real ranks, through torchrun."""
+    print(f"\nthe same data, the tables sharded over {ranks} processes:", flush=True)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, "-m", *launcher, "-m", "recsys_edu.examples.train_dlrm", "--epochs", "1"]
+    # one thread for each rank; no remark of torch's about a setting that the program has chosen
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def bench(arguments: list[str]) -> int:
