@@ -82,6 +82,10 @@ EXPECTED = {
         "row-wise over grid, bytes between hosts": (2.5, 2.9),
         "bytes between hosts, grid on real ranks": (450, 520),
     },
+    "18_checkpoints_and_resharding": {
+        "share of the table that travelled": (0.75, 0.75),
+        "largest difference of losses, resumed on two": (0.0, 1e-4),
+    },
 }
 
 
