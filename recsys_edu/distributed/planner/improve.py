@@ -13,12 +13,13 @@ from __future__ import annotations
 import numpy as np
 
 from recsys_edu.distributed.planner.options import Place
-from recsys_edu.distributed.planner.placement import Placement
+from recsys_edu.distributed.planner.placement import Placement, Problem
 
 MOST_UNITS = 48  # of the busiest rank whose other options are tried at each step
 BUDGET = 60_000_000  # array elements looked at, over all steps: the bound on the time
 PER_LOOK = 400  # what looking at one option costs besides its arrays
-GOOD_ENOUGH = 1.0005
+PATIENCE = 10  # attempts in a row that were in vain
+GOOD_ENOUGH = 1.001
 
 
 def improve(start: Placement, bound_ms: float, recut: bool = True) -> tuple[Placement, int]:
@@ -45,11 +46,12 @@ def improve(start: Placement, bound_ms: float, recut: bool = True) -> tuple[Plac
 def shake(start: Placement, bound_ms: float, rounds: int) -> tuple[Placement, int]:
     """The best plan of `rounds` attempts to rebuild a part of it, and how many plans were made."""
     dice = np.random.default_rng(0)
-    best, made = start, 0
+    best, made, in_vain = start, 0, 0
     num_units = len(start.ranks_U)
     for _ in range(rounds if num_units > 1 else 0):
-        if best.cost_ms <= bound_ms * GOOD_ENOUGH:
+        if best.cost_ms <= bound_ms * GOOD_ENOUGH or in_vain >= PATIENCE:
             break
+        in_vain += 1
         trial = best.copy()
         busiest = trial.units_on(int(trial.load_W.argmax()))
         some = min(int(dice.integers(2, 6)), num_units)
@@ -59,6 +61,7 @@ def shake(start: Placement, bound_ms: float, rounds: int) -> tuple[Placement, in
         trial, more = improve(trial, bound_ms, recut=False)
         made += 1 + more
         if _better(trial, best):
+            in_vain = 0 if trial.cost_ms < best.cost_ms * (1 - 1e-3) else in_vain
             best = trial
     return best, made
 
@@ -81,10 +84,8 @@ def _rebuild(plan: Placement, units: list[int]) -> bool:
             ranks = plan.find(unit, column)
             if ranks is None:
                 continue
-            load_W = plan.load_W.copy()
-            np.add.at(load_W, ranks, problem.ms_UJ[unit, column] * problem.slowness_W[ranks])
-            # What a unit adds to every rank counts as well as to the busiest: the others are still to come.
-            key = (max(float(load_W.max()), plan.cost_ms), float(problem.work_UJ[unit, column]))
+            # Where the busiest rank does not care, the least work counts: other units are still to come.
+            key = (plan.cost_with(unit, column, ranks), float(problem.work_UJ[unit, column]))
             if best is None or key < best[:2]:
                 best = (*key, column, ranks)
         if best is None:
@@ -130,7 +131,7 @@ def _best_swap(plan: Placement, rank: int, mine: list[int], best: tuple) -> tupl
     problem = plan.problem
     if not mine:
         return best
-    targets = [t for t in np.argsort(plan.load_W, kind="stable")[:8].tolist() if t != rank]
+    targets = [t for t in np.argsort(plan.load_W, kind="stable")[:4].tolist() if t != rank]
     for target in targets:
         theirs = [u for u in plan.units_on(target) if _movable(plan, u)]
         if not theirs:
@@ -145,14 +146,15 @@ def _best_swap(plan: Placement, rank: int, mine: list[int], best: tuple) -> tupl
         fits = (plan.free_W2[target] >= mine_bytes - their_bytes).all(axis=-1)
         fits &= (plan.free_W2[rank] >= their_bytes - mine_bytes).all(axis=-1)
         result = np.where(fits & (delta > 0), np.maximum(here, there), np.inf)
-        for flat in np.argsort(result, axis=None, kind="stable")[:4].tolist():
-            i, k = divmod(flat, len(theirs))
-            allowed = problem.ranks_U[mine[i]], problem.ranks_U[theirs[k]]
-            if all(ranks is None or r in ranks for ranks, r in zip(allowed, (target, rank))):
-                if result[i, k] < best[0]:
-                    best = (result[i, k], (mine[i], target, theirs[k]))
-                break
+        i, k = divmod(int(result.argmin()), len(theirs))
+        if result[i, k] < best[0] and _may(problem, mine[i], target) and _may(problem, theirs[k], rank):
+            best = (result[i, k], (mine[i], target, theirs[k]))
     return best
+
+
+def _may(problem: Problem, unit: int, rank: int) -> bool:
+    ranks = problem.ranks_U[unit]
+    return ranks is None or rank in ranks
 
 
 def _shift(plan: Placement, unit: int, source: int, target: int) -> None:

@@ -169,6 +169,17 @@ class Placement:
         np.add.at(self.load_W, ranks, sign * ms * self.problem.slowness_W[ranks])
         np.subtract.at(self.free_W2, ranks, sign * sizes)
 
+    def cost_with(self, unit: int, column: int, ranks: Ints) -> float:
+        """What the plan would cost with the unit there."""
+        ms, slow_W = self.problem.ms_UJ[unit, column], self.problem.slowness_W
+        if len(ranks) == 1:
+            return max(self.cost_ms, float(self.load_W[ranks[0]] + ms * slow_W[ranks[0]]))
+        if self.problem.column_blocks_UJ[unit, column] == 1:  # row blocks lie on different ranks
+            return max(self.cost_ms, float((self.load_W[ranks] + ms * slow_W[ranks]).max()))
+        load_W = self.load_W.copy()
+        np.add.at(load_W, ranks, ms * slow_W[ranks])
+        return float(load_W.max())
+
     def find(self, unit: int, column: int) -> Ints | None:
         """The ranks where the unit would go now, or None where it does not fit."""
         problem = self.problem

@@ -194,9 +194,7 @@ class PlannedSharding(ShardingPlan):
             rejection = _no_room(without, unit, column)
         if rejection is not None:
             return Alternative(*grid.pairs[column], None, work, rejection)
-        load_W = without.load_W.copy()
-        np.add.at(load_W, ranks, problem.ms_UJ[unit, column] * problem.slowness_W[ranks])
-        cost, own = float(load_W.max()), self.cost_ms
+        cost, own = without.cost_with(unit, column, ranks), self.cost_ms
         more = work - float(problem.work_UJ[unit, chosen])
         over = f"{abs(more):.3g} ms {'more' if more >= 0 else 'less'} work over all ranks"
         if cost > own * (1 + 1e-6):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from recsys_edu.distributed.planner.cost import Array
-from recsys_edu.distributed.planner.improve import improve, shake
+from recsys_edu.distributed.planner.improve import GOOD_ENOUGH, improve, shake
 from recsys_edu.distributed.planner.placement import Ints, Placement, Problem, place_all
 
 PRICES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0, 1e4, 1e8)
@@ -78,7 +78,7 @@ def search(problem: Problem) -> Found | None:
         steps += more
         if best is None or better.cost_ms < best.cost_ms:
             best = better
-        if best.cost_ms <= bound * 1.0005:
+        if best.cost_ms <= bound * GOOD_ENOUGH:
             break
     assert best is not None
     best, more = shake(best, bound, SHAKES)
