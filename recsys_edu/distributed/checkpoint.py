@@ -18,6 +18,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     _barrier(group)
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside), process_group=group, no_dist=group is None)
+    with _no_remark_without_ranks():
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside), process_group=group, no_dist=group is None)
     cuts = {name: list(t.column_cuts) for name, t in tensors.items() if _column_cuts(t)}
     if _rank(group) == 0:
         facts = {
@@ -108,7 +110,8 @@ def load_checkpoint(
     _raise_together(_differences(tensors, saved, restarted), path, group)
     for name in restarted:
         _restart(tensors.pop(name), name)
-    dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+    with _no_remark_without_ranks():
+        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
     if optimizer is not None:
         _load_values(optimizer, {name: facts["values"].get(name, value) for name, value in values.items()})
         optimizer.post_load_state_dict()
@@ -275,6 +278,14 @@ def _old(path: Path) -> Path:
 
 
 # ---------------------------------------------------------------- ranks
+
+
+@contextmanager
+def _no_remark_without_ranks() -> Iterator[None]:
+    """torch warns whenever a single process saves or loads; here that is an ordinary thing to do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
