@@ -1,7 +1,7 @@
 """Improving a plan by small steps: whatever relieves the busiest rank without burdening another one as much.
 
-Three steps, in this order: move one of its rectangles, swap one with a lighter one elsewhere, or give one of its
-tables another sharding type. A step is taken when it lowers the plan's cost (the load of the busiest rank), or leaves
+Three steps, in this order: move one of its rectangles, exchange one or two for lighter ones elsewhere, or give one of
+its tables another sharding type. A step is taken when it lowers the plan's cost (the busiest rank's load), or leaves
 the cost and evens out the rest. Where no step helps, `shake` takes a few tables out at once and puts them back, each
 where it then costs least ("ruin and recreate": Schrimpf et al., Journal of Computational Physics 159, 2000).
 
@@ -11,29 +11,34 @@ The dice start from a fixed seed and there is no clock: every process takes the 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
+from recsys_edu.distributed.planner.cost import Array
 from recsys_edu.distributed.planner.options import Place
 from recsys_edu.distributed.planner.placement import Placement, Problem
 
 MOST_UNITS = 48  # of the busiest rank whose other options are tried at each step
 BUDGET = 60_000_000  # array elements looked at, over all steps: the bound on the time
 PER_LOOK = 400  # what looking at one option costs besides its arrays
-PATIENCE = 10  # attempts in a row that were in vain
+MOST_TARGETS = 3  # ranks with which an exchange is tried
+MOST_PAIRED = 14  # rectangles of a rank that are exchanged in pairs
+PATIENCE = 4  # attempts in a row that were in vain; more where the plan is far from the bound
+MOST_PATIENCE = 16
 GOOD_ENOUGH = 1.001
 
 
-def improve(start: Placement, bound_ms: float, recut: bool = True) -> tuple[Placement, int]:
-    """The improved plan and the number of steps taken; `start` stays as it is. `recut` allows other sharding types."""
+def improve(start: Placement, bound_ms: float, thorough: bool = True) -> tuple[Placement, int]:
+    """The improved plan and the number of steps taken; `start` stays as it is. Not `thorough`: moves and swaps only."""
     plan, steps, spent = start.copy(), 0, 0
     look = plan.problem.world_size + PER_LOOK
     while plan.cost_ms > bound_ms * GOOD_ENOUGH and spent < BUDGET:
         rank = int(plan.load_W.argmax())
         units = plan.units_on(rank)
         spent += look * len(units)
-        if _move_or_swap(plan, rank, units):
+        if _move_or_swap(plan, rank, units, pairs=thorough):
             steps += 1
             continue
-        if not recut:
+        if not thorough:
             break
         tried, better = _recut(plan, rank, units)
         spent += tried * look
@@ -43,22 +48,36 @@ def improve(start: Placement, bound_ms: float, recut: bool = True) -> tuple[Plac
     return plan, steps
 
 
+def promising(plan: Placement) -> NDArray[np.bool_]:
+    """[U, J] the options that a cheaper plan than this one may have.
+
+    None that takes a rank longer than the plan costs; and none whose extra work, with the cheapest option of every
+    other unit, makes more than all ranks do within the plan's cost.
+    """
+    problem = plan.problem
+    least_U = np.where(problem.valid_UJ, problem.work_UJ, np.inf).min(axis=1)
+    slack = plan.cost_ms * float((1 / problem.slowness_W).sum()) - least_U.sum()
+    quick_UJ = problem.ms_UJ * problem.slowness_W.min() <= plan.cost_ms
+    return problem.valid_UJ & quick_UJ & (problem.work_UJ - least_U[:, None] <= slack)
+
+
 def shake(start: Placement, bound_ms: float, rounds: int) -> tuple[Placement, int]:
     """The best plan of `rounds` attempts to rebuild a part of it, and how many plans were made."""
     dice = np.random.default_rng(0)
     best, made, in_vain = start, 0, 0
-    num_units = len(start.ranks_U)
+    num_units, options_UJ = len(start.ranks_U), promising(start)
     for _ in range(rounds if num_units > 1 else 0):
-        if best.cost_ms <= bound_ms * GOOD_ENOUGH or in_vain >= PATIENCE:
+        gap = best.cost_ms / bound_ms - 1 if bound_ms > 0 else 0.0
+        if gap <= GOOD_ENOUGH - 1 or in_vain >= min(PATIENCE + 40 * gap, MOST_PATIENCE):
             break
         in_vain += 1
         trial = best.copy()
         busiest = trial.units_on(int(trial.load_W.argmax()))
         some = min(int(dice.integers(2, 6)), num_units)
         out = {int(dice.choice(busiest)), *dice.choice(num_units, size=some, replace=False).tolist()}
-        if not _rebuild(trial, sorted(out, key=lambda u: -trial.problem.work_UJ[u, trial.choice_U[u]])):
+        if not _rebuild(trial, options_UJ, sorted(out, key=lambda u: -trial.problem.work_UJ[u, trial.choice_U[u]])):
             continue
-        trial, more = improve(trial, bound_ms, recut=False)
+        trial, more = improve(trial, bound_ms, thorough=False)
         made += 1 + more
         if _better(trial, best):
             in_vain = 0 if trial.cost_ms < best.cost_ms * (1 - 1e-3) else in_vain
@@ -73,14 +92,14 @@ def _better(plan: Placement, other: Placement) -> bool:
     return mine < theirs * (1 - 1e-9) or (mine <= theirs * (1 + 1e-9) and evener)
 
 
-def _rebuild(plan: Placement, units: list[int]) -> bool:
+def _rebuild(plan: Placement, options_UJ: NDArray[np.bool_], units: list[int]) -> bool:
     """Take units out and put them back one after the other, each with the option that then costs least."""
     for unit in units:
         plan.remove(unit)
     problem = plan.problem
     for unit in units:
         best: tuple[float, float, int, np.ndarray] | None = None
-        for column in np.flatnonzero(problem.valid_UJ[unit]).tolist():
+        for column in np.flatnonzero(options_UJ[unit]).tolist():
             ranks = plan.find(unit, column)
             if ranks is None:
                 continue
@@ -98,7 +117,7 @@ def _movable(plan: Placement, unit: int) -> bool:
     return plan.problem.places_J[plan.choice_U[unit]] is Place.DEVICE
 
 
-def _move_or_swap(plan: Placement, rank: int, units: list[int]) -> bool:
+def _move_or_swap(plan: Placement, rank: int, units: list[int], pairs: bool) -> bool:
     """One rectangle of `rank` to another rank, perhaps against a lighter one from there; True where it helped."""
     problem = plan.problem
     mine = [u for u in units if _movable(plan, u)]
@@ -115,41 +134,62 @@ def _move_or_swap(plan: Placement, rank: int, units: list[int]) -> bool:
         result = max(after_W[target], top - ms * slow_W[rank])
         if result < best[0]:
             best = (result, (unit, target, None))
-    if best[1] is None:
-        best = _best_swap(plan, rank, mine, best)
-    if best[1] is None:
-        return False
-    unit, target, partner = best[1]
-    _shift(plan, unit, rank, target)
-    if partner is not None:
-        _shift(plan, partner, target, rank)
-    return True
+    if best[1] is not None:
+        unit, target, _ = best[1]
+        _shift(plan, unit, rank, target)
+        return True
+    return any(_exchange(plan, rank, mine, most_together) for most_together in ((1, 2) if pairs else (1,)))
 
 
-def _best_swap(plan: Placement, rank: int, mine: list[int], best: tuple) -> tuple:
-    """The best exchange with one of the least loaded ranks."""
-    problem = plan.problem
+def _exchange(plan: Placement, rank: int, mine: list[int], most_together: int) -> bool:
+    """The best exchange of one or two rectangles for as many (or one more, or less) with one of the idlest ranks."""
+    problem, top = plan.problem, plan.load_W[rank]
     if not mine:
-        return best
-    targets = [t for t in np.argsort(plan.load_W, kind="stable")[:4].tolist() if t != rank]
-    for target in targets:
-        theirs = [u for u in plan.units_on(target) if _movable(plan, u)]
+        return False
+    best: tuple[float, int, list[int], list[int]] = (top * (1 - 1e-9), -1, [], [])
+    give, give_ms, give_bytes = _bundles(plan, mine, most_together)
+    for target in np.argsort(plan.load_W, kind="stable")[:MOST_TARGETS].tolist():
+        theirs = [u for u in plan.units_on(target) if _movable(plan, u)] if target != rank else []
         if not theirs:
             continue
-        mine_ms = problem.ms_UJ[mine, plan.choice_U[mine]][:, None]
-        their_ms = problem.ms_UJ[theirs, plan.choice_U[theirs]][None, :]
-        delta = mine_ms - their_ms
-        here = plan.load_W[rank] - delta * problem.slowness_W[rank]
-        there = plan.load_W[target] + delta * problem.slowness_W[target]
-        mine_bytes = problem.bytes_UJ2[mine, plan.choice_U[mine]][:, None]
-        their_bytes = problem.bytes_UJ2[theirs, plan.choice_U[theirs]][None, :]
-        fits = (plan.free_W2[target] >= mine_bytes - their_bytes).all(axis=-1)
-        fits &= (plan.free_W2[rank] >= their_bytes - mine_bytes).all(axis=-1)
-        result = np.where(fits & (delta > 0), np.maximum(here, there), np.inf)
-        i, k = divmod(int(result.argmin()), len(theirs))
-        if result[i, k] < best[0] and _may(problem, mine[i], target) and _may(problem, theirs[k], rank):
-            best = (result[i, k], (mine[i], target, theirs[k]))
-    return best
+        take, take_ms, take_bytes = _bundles(plan, theirs, most_together)
+        moved = give_ms[:, None] - take_ms[None, :]
+        here = top - moved * problem.slowness_W[rank]
+        there = plan.load_W[target] + moved * problem.slowness_W[target]
+        after = np.where(moved > 0, np.maximum(here, there), np.inf)
+        for flat in np.argsort(after, axis=None)[:4].tolist() if after.size <= 400 else [int(after.argmin())]:
+            i, k = divmod(flat, len(take))
+            if after[i, k] >= best[0]:
+                break
+            needs_2 = give_bytes[i] - take_bytes[k]
+            fits = (plan.free_W2[target] >= needs_2).all() and (plan.free_W2[rank] >= -needs_2).all()
+            allowed = all(_may(problem, u, target) for u in give[i]) and all(_may(problem, u, rank) for u in take[k])
+            if fits and allowed:
+                best = (float(after[i, k]), target, give[i], take[k])
+                break
+    _, target, given, taken = best
+    for unit in given:
+        _shift(plan, unit, rank, target)
+    for unit in taken:
+        _shift(plan, unit, target, rank)
+    return target >= 0
+
+
+def _bundles(plan: Placement, units: list[int], most_together: int) -> tuple[list[list[int]], Array, Array]:
+    """Single units, and pairs of the heaviest: the units, their milliseconds, their bytes."""
+    problem = plan.problem
+    ms_U, bytes_U2 = problem.ms_UJ[units, plan.choice_U[units]], problem.bytes_UJ2[units, plan.choice_U[units]]
+    bundles = [[unit] for unit in units]
+    if most_together == 1 or len(units) < 2:
+        return bundles, ms_U, bytes_U2
+    heaviest = np.argsort(-ms_U, kind="stable")[:MOST_PAIRED]
+    first, second = (heaviest[index] for index in np.triu_indices(len(heaviest), 1))
+    bundles += [[units[a], units[b]] for a, b in zip(first.tolist(), second.tolist())]
+    return (
+        bundles,
+        np.concatenate([ms_U, ms_U[first] + ms_U[second]]),
+        np.concatenate([bytes_U2, bytes_U2[first] + bytes_U2[second]]),
+    )
 
 
 def _may(problem: Problem, unit: int, rank: int) -> bool:
@@ -170,12 +210,12 @@ def _recut(plan: Placement, rank: int, units: list[int]) -> tuple[int, bool]:
     heaviest = sorted(units, key=lambda u: -problem.ms_UJ[u, plan.choice_U[u]])[:MOST_UNITS]
     before = (plan.cost_ms * (1 - 1e-9), float((plan.load_W**2).sum()) * (1 - 1e-9))
     best: tuple[float, float, int, int, np.ndarray] | None = None
-    tried = 0
+    tried, options_UJ = 0, promising(plan)
     for unit in heaviest:
         old, old_ranks = int(plan.choice_U[unit]), plan.ranks_U[unit]
         plan.remove(unit)
         if plan.cost_ms < before[0] or len(old_ranks) > 1:
-            for column in np.flatnonzero(problem.valid_UJ[unit]).tolist():
+            for column in np.flatnonzero(options_UJ[unit]).tolist():
                 tried += 1
                 ranks = plan.find(unit, column)
                 if ranks is None or (column == old and np.array_equal(ranks, old_ranks)):

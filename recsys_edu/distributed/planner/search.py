@@ -34,7 +34,7 @@ TIGHT = 0.3  # of all memory: below it only the first share is tried
 MOST_CEILINGS = 14
 FINALISTS = 3
 MOST_REPAIRS = 12
-SHAKES = 30
+SHAKES = 60
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def search(problem: Problem) -> Found | None:
         for share in walk.shares:
             for ceiling in near[_spread(len(near), MOST_CEILINGS)]:
                 walk.visit(ceiling, share)
+    for column in range(len(problem.places_J)):
+        walk.visit_alike(column)
     if not walk.plans:
         return None
     bound = lower_bound_ms(problem, min(cost for cost, *_ in walk.plans))
@@ -81,7 +83,10 @@ def search(problem: Problem) -> Found | None:
         if best.cost_ms <= bound * GOOD_ENOUGH:
             break
     assert best is not None
-    best, more = shake(best, bound, SHAKES)
+    shaken, more = shake(best, bound, SHAKES)
+    if shaken is not best:
+        shaken, few = improve(shaken, bound)
+        best, steps = shaken, steps + few
     steps += more
     return Found(best, walk.num_proposals + steps, walk.num_plans + steps, min(bound, best.cost_ms))
 
@@ -102,18 +107,27 @@ class _Walk:
     def visit(self, ceiling: float, share: float) -> None:
         """The cheapest price of memory at which the choice under these ceilings can be placed."""
         for index in range(max(self._first_price - 1, 0), len(PRICES)):
-            choice_U = choose(self.problem, ceiling, PRICES[index] * self._scale, share)
-            key = choice_U.tobytes()
-            if key in self._seen:
-                continue
-            self._seen.add(key)
-            self.num_proposals += 1
-            placement = place_with_repairs(self.problem, choice_U)
-            if placement is not None:
-                self.num_plans += 1
+            if self._try(choose(self.problem, ceiling, PRICES[index] * self._scale, share), ceiling):
                 self._first_price = index
-                self.plans.append((placement.cost_ms, ceiling, placement))
                 return
+
+    def visit_alike(self, column: int) -> None:
+        """The same option for every unit that has it."""
+        cheapest_U = choose(self.problem, np.inf, PRICES[self._first_price] * self._scale)
+        self._try(np.where(self.problem.valid_UJ[:, column], column, cheapest_U), np.inf)
+
+    def _try(self, choice_U: Ints, ceiling: float) -> bool:
+        key = choice_U.tobytes()
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        self.num_proposals += 1
+        placement = place_with_repairs(self.problem, choice_U)
+        if placement is None:
+            return False
+        self.num_plans += 1
+        self.plans.append((placement.cost_ms, ceiling, placement))
+        return True
 
 
 def choose(problem: Problem, ceiling_ms: float, price_ms: float, share: float = 1.0) -> Ints:
