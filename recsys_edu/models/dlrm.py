@@ -72,9 +72,41 @@ class DenseArch(nn.Module):
     def __init__(self, in_features: int, layer_sizes: list[int], device: torch.device | None = None) -> None:
         super().__init__()
         self.model = MLP(in_features, layer_sizes, bias=True, activation="relu", device=device)
+        self._in_features = in_features
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        check_dense_features(features, self._in_features)
         return self.model(features)
+
+
+def check_dense_features(features: torch.Tensor, expected: int) -> None:
+    """Refuse dense features of another width than the model was built for.
+
+    Raises:
+        ValueError: naming both widths.
+    """
+    if features.dim() != 2 or features.shape[1] != expected:
+        raise ValueError(
+            f"dense_features is {list(features.shape)}, expected [batch, {expected}]: the model was built with "
+            f"dense_in_features={expected}"
+        )
+
+
+def check_same_batch(dense_features: torch.Tensor, sparse_features: torch.Tensor) -> None:
+    """Refuse dense and sparse features of different batches.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    if dense_features.shape[0] != sparse_features.shape[0]:
+        raise ValueError(
+            f"dense_features holds {dense_features.shape[0]} examples and sparse_features "
+            f"{sparse_features.shape[0]}; a batch has one row of each per example"
+        )
+
+
+torch.fx.wrap("check_dense_features")  # a trace cannot compare shapes; it keeps the calls
+torch.fx.wrap("check_same_batch")
 
 
 class InteractionArch(nn.Module):
@@ -97,6 +129,7 @@ class InteractionArch(nn.Module):
     def forward(self, dense_features: torch.Tensor, sparse_features: torch.Tensor) -> torch.Tensor:
         if self.F <= 0:
             return dense_features
+        check_same_batch(dense_features, sparse_features)
         vectors_BVD = torch.cat((dense_features.unsqueeze(1), sparse_features), dim=1)
         return torch.cat((dense_features, pair_products(vectors_BVD)), dim=1)
 

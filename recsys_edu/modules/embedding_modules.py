@@ -35,7 +35,7 @@ from recsys_edu.modules.embedding_configs import (
     init_table,
     pooling_type_to_str,
 )
-from recsys_edu.sparse.checks import lengths_fit
+from recsys_edu.sparse.checks import JaggedInputError, lengths_fit
 from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 
@@ -224,13 +224,14 @@ class EmbeddingBagCollection(EmbeddingBagCollectionInterface):
             return self._forward_by_table(features, weights)
         lanes = self._lanes
         features = in_lane_order(features, lanes.features)
-        if not lanes.features or features.values().is_meta or weights[0].is_meta:
+        if not lanes.features or features.values().is_meta:
             return self._forward_by_table(features, weights)
+        refuse_meta(weights, lanes)
         check_lane_ids(features, lanes)
         if not _one_kernel_reads(weights):
             return self._forward_by_table(features, weights)
         offsets, lengths = uniform_batches(features)
-        sample_weights_N = features.weights() if self._is_weighted else None
+        sample_weights_N = sample_weights(features) if self._is_weighted else None
         pooled_BD = pooled_lookup(weights, lanes.tables, features.values(), offsets, sample_weights_N)
         pooled_BD = expand_batches(divide_means(pooled_BD, lengths, lanes), features, lanes)
         return KeyedTensor(keys=self._names, length_per_key=self._dims, values=pooled_BD)
@@ -327,8 +328,9 @@ class EmbeddingCollection(EmbeddingCollectionInterface):
             return self._forward_by_table(features, weights)
         lanes = self._lanes
         features = in_lane_order(features, lanes.features)
-        if not lanes.features or features.values().is_meta or weights[0].is_meta:
+        if not lanes.features or features.values().is_meta:
             return self._forward_by_table(features, weights)
+        refuse_meta(weights, lanes)
         check_lane_ids(features, lanes)
         if not _one_kernel_reads(weights):
             return self._forward_by_table(features, weights)
@@ -395,8 +397,14 @@ def in_lane_order(features: KeyedJaggedTensor, lane_features: Sequence[str]) -> 
     """The batch re-expressed lane by lane; the batch itself, uncopied, where its keys already are the lanes.
 
     Raises:
+        TypeError: anything but a KeyedJaggedTensor.
         KeyError: features that the input does not have.
     """
+    if not isinstance(features, KeyedJaggedTensor):
+        raise TypeError(
+            f"an embedding collection takes a KeyedJaggedTensor, which names each feature's ids; got a "
+            f"{type(features).__name__}. Make one: KeyedJaggedTensor(keys=[...], values=..., lengths=...)"
+        )
     keys = features.keys()
     if tuple(keys) == lane_features:
         return features
@@ -405,6 +413,30 @@ def in_lane_order(features: KeyedJaggedTensor, lane_features: Sequence[str]) -> 
     if missing:
         raise KeyError(f"the input has no feature {', '.join(map(repr, missing))}; its keys are {list(keys)}")
     return features.permute([position[feature] for feature in lane_features])
+
+
+def sample_weights(features: KeyedJaggedTensor) -> torch.Tensor:
+    """The weight of every id, for a collection that is_weighted.
+
+    Raises:
+        ValueError, also an AssertionError: the batch carries none.
+    """
+    weights_N = features.weights_or_none()
+    if weights_N is None:
+        raise JaggedInputError(
+            "this collection is_weighted, but the batch's KeyedJaggedTensor has no weights; give one float per id: "
+            "KeyedJaggedTensor(..., weights=...)"
+        )
+    return weights_N
+
+
+def refuse_meta(weights: list[torch.Tensor], lanes: Lanes) -> None:
+    """Real ids need real tables; a batch on the meta device is only asked for shapes."""
+    for table, name in zip(lanes.tables, lanes.table_names):
+        if weights[table].is_meta:
+            raise RuntimeError(
+                f"table {name!r} is on the meta device: no rows to look up; give it memory: .to_empty(device=...)"
+            )
 
 
 def check_lane_ids(features: KeyedJaggedTensor, lanes: Lanes) -> None:

@@ -29,6 +29,7 @@ from recsys_edu.modules.embedding_modules import (
     divide_means,
     expand_batches,
     get_embedding_names_by_table,
+    sample_weights,
     split_sequences,
     uniform_batches,
 )
@@ -81,7 +82,7 @@ class FusedEmbeddingBagCollection(EmbeddingBagCollectionInterface, FusedOptimize
         if not lanes.features:
             return KeyedTensor([], [], torch.empty(features.stride(), 0, device=features.device()))
         features = self.embedding_bags.in_lane_order(features)
-        pooled_BD = self.embedding_bags.lookup(features, features.weights() if self._is_weighted else None)
+        pooled_BD = self.embedding_bags.lookup(features, sample_weights(features) if self._is_weighted else None)
         pooled_BD = divide_means(pooled_BD, uniform_batches(features)[1], lanes)
         pooled_BD = expand_batches(pooled_BD, features, lanes)
         return KeyedTensor(keys=list(lanes.names), length_per_key=list(lanes.dims), values=pooled_BD)

@@ -83,7 +83,7 @@ def check(number: str, answer: Callable[..., Any] | Any) -> None:
     every solution passes.
 
     Raises:
-        CheckFailed: the answer is wrong; the message names the input, what was expected and what was got.
+        CheckFailed: the answer is wrong, or raised; the message names the input, what was expected and what was got.
     """
     found = find_exercise(number)
     if answer is None or answer is ...:
@@ -95,9 +95,12 @@ def check(number: str, answer: Callable[..., Any] | Any) -> None:
         _show_outcome(number, passed=False)
         return
     except CheckFailed as failure:
-        body = preformatted(str(failure)) + f"<div>One step further: <code>hint({number!r})</code></div>"
-        show({"text/html": card(f"Exercise {number}: not yet", body, "bad"), "text/plain": str(failure)})
+        _show_failure(number, str(failure))
         raise
+    except Exception as failure:
+        text = f"your answer raised {type(failure).__name__}: {failure}"
+        _show_failure(number, text)
+        raise CheckFailed(text) from failure
     _show_outcome(number, passed=True)
 
 
@@ -132,6 +135,11 @@ def _shown_in_this_kernel() -> dict[str, int]:
         return {}
     shell = get_ipython()
     return {} if shell is None else shell.user_ns.setdefault(HINTS_SHOWN, {})
+
+
+def _show_failure(number: str, text: str) -> None:
+    body = preformatted(text) + f"<div>One step further: <code>hint({number!r})</code></div>"
+    show({"text/html": card(f"Exercise {number}: not yet", body, "bad"), "text/plain": text})
 
 
 def _show_outcome(number: str, passed: bool) -> None:

@@ -21,6 +21,10 @@ class JaggedInputError(ValueError, AssertionError):
     """Tensors that do not describe one ragged batch. Both a ValueError and an AssertionError."""
 
 
+class JaggedTypeError(JaggedInputError, TypeError):
+    """A part that is no tensor, or keys that are no list: also a TypeError."""
+
+
 class TraceableMeta(ABCMeta, torch.fx.ProxyableClassMeta):
     """Lets torch.fx record a construction: with a Proxy among the arguments the class call becomes a graph node."""
 
@@ -32,13 +36,32 @@ class TraceableMeta(ABCMeta, torch.fx.ProxyableClassMeta):
         return type.__call__(cls, *args, **kwargs)
 
 
-def checks_apply(values: object) -> bool:
+def checks_apply(what: str, values: object) -> bool:
     """Whether there are real shapes to look at: not in torch.compile or torch.export, not for stand-ins of tensors."""
-    return isinstance(values, Tensor) and not torch.compiler.is_compiling()
+    if isinstance(values, Tensor):
+        return not torch.compiler.is_compiling()
+    refuse_data(what, "values", values)
+    return False
+
+
+def refuse_data(what: str, name: str, part: object) -> None:
+    """Lists and arrays are data, not yet tensors; anything else unknown is a stand-in of one, such as a fx.Proxy."""
+    if isinstance(part, (list, tuple)) or type(part).__module__ == "numpy":
+        raise JaggedTypeError(
+            f"{what}: {name} must be a tensor, got a {type(part).__name__}. Use torch.tensor({name})."
+        )
+
+
+def check_keys(keys: object) -> None:
+    """A list of names; a single string would otherwise be read letter by letter."""
+    if isinstance(keys, str):
+        raise JaggedTypeError(f"KeyedJaggedTensor: keys must be a list of feature names, got {keys!r}. Use [{keys!r}].")
 
 
 def check_structure(what: str, lengths: Tensor | None, offsets: Tensor | None) -> None:
     """Lengths or offsets are there, and integers (or empty)."""
+    refuse_data(what, "lengths", lengths)
+    refuse_data(what, "offsets", offsets)
     if lengths is None and offsets is None:
         raise JaggedInputError(
             f"{what} needs lengths or offsets: pass one of them (the other is computed when needed)."

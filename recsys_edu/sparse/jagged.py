@@ -47,7 +47,7 @@ class JaggedTensor(Pipelineable, metaclass=TraceableMeta):
         lengths: Tensor | None = None,
         offsets: Tensor | None = None,
     ) -> None:
-        if checks_apply(values):
+        if checks_apply("JaggedTensor", values):
             check_structure("JaggedTensor", lengths, offsets)
             check_weights("JaggedTensor", values, weights)
         self._values = values

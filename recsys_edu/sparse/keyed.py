@@ -47,7 +47,7 @@ class KeyedTensor(Pipelineable, metaclass=TraceableMeta):
         offset_per_key: list[int] | None = None,
         index_per_key: dict[str, int] | None = None,
     ) -> None:
-        if checks_apply(values):
+        if checks_apply("KeyedTensor", values):
             if len(keys) != len(length_per_key):
                 raise JaggedInputError(f"KeyedTensor has {len(keys)} keys {keys} but {len(length_per_key)} widths.")
             if keys and sum(length_per_key) != values.size(key_dim):

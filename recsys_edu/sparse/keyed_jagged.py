@@ -24,6 +24,7 @@ from recsys_edu.sparse.checks import (
     JaggedInputError,
     TraceableMeta,
     check_keyed_structure,
+    check_keys,
     check_structure,
     check_weights,
     checks_apply,
@@ -83,7 +84,8 @@ class KeyedJaggedTensor(Pipelineable, metaclass=TraceableMeta):
             stride_per_key_per_rank = [[rows] for rows in stride_per_key]
         if stride_per_key_per_rank is not None and len(stride_per_key_per_rank) == 0:
             stride_per_key_per_rank = None  # what stride_per_key_per_rank() answers for a batch of one stride
-        if checks_apply(values):
+        if checks_apply("KeyedJaggedTensor", values):
+            check_keys(keys)
             check_structure("KeyedJaggedTensor", lengths, offsets)
             check_weights("KeyedJaggedTensor", values, weights)
             num_lengths = lengths.numel() if lengths is not None else max(offsets.numel() - 1, 0)

@@ -177,3 +177,11 @@ def test_construction_errors() -> None:
         DLRM_Projection(tables(), NUM_DENSE, [DIM], [4, 1], [DIM], [9])
     with pytest.raises(ValueError, match="multiple layers"):
         DLRM(tables(), NUM_DENSE, [DIM], [1])
+
+
+def test_dense_features_that_do_not_fit_are_refused() -> None:
+    model, batch = DLRM(tables(), NUM_DENSE, [DIM], [4, 1]), random_batch()
+    with pytest.raises(ValueError, match=rf"expected \[batch, {NUM_DENSE}\]"):
+        model(batch.dense_features[:, 1:], batch.sparse_features)
+    with pytest.raises(ValueError, match="a batch has one row of each per example"):
+        model(batch.dense_features[1:], batch.sparse_features)

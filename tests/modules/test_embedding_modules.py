@@ -140,6 +140,12 @@ def test_missing_feature_is_named() -> None:
         EmbeddingBagCollection(bag_configs())(make_kjt({"f1": [[1]], "f2": [[1]]}))
 
 
+@pytest.mark.parametrize("collection", [EmbeddingBagCollection(bag_configs()), EmbeddingCollection(sequence_configs())])
+def test_anything_but_a_keyed_jagged_tensor_is_refused(collection: torch.nn.Module) -> None:
+    with pytest.raises(TypeError, match=r"takes a KeyedJaggedTensor.*got a Tensor"):
+        collection(torch.zeros(3, dtype=torch.long))
+
+
 @pytest.mark.parametrize("bad_id", [5, -1])
 def test_id_out_of_range_names_feature_id_table_and_size(bad_id: int) -> None:
     ebc = EmbeddingBagCollection(bag_configs())
@@ -250,9 +256,11 @@ def test_initial_values_and_reset() -> None:
 def test_meta_tables_have_no_data_until_they_get_memory() -> None:
     ebc = EmbeddingBagCollection(bag_configs(), device=torch.device("meta"))
     assert ebc.device.type == "meta" and all(p.is_meta for p in ebc.parameters())
+    features = make_kjt(BAGS)
+    with pytest.raises(RuntimeError, match=r"table 't1' is on the meta device.*to_empty"):
+        ebc(features)
     ebc = ebc.to_empty(device="cpu")
     ebc.reset_parameters()
-    features = make_kjt(BAGS)
     assert ebc.device.type == "cpu"
     torch.testing.assert_close(ebc(features).values(), by_hand(ebc, features))
 

@@ -146,16 +146,18 @@ def test_hints_come_one_at_a_time_and_a_wrong_answer_is_explained(tmp_path):
         "hint('01.1')",
         "hint('01.1')",
         "try:\n    check('01.1', lambda lengths: lengths)\nexcept CheckFailed as failure:\n    print(failure)",
+        "try:\n    check('01.1', lambda lengths: 1 / 0)\nexcept CheckFailed as failure:\n    print(failure)",
         "check('01.1', lambda lengths: None)",
     ]
     source = write_notebook(tmp_path / "01_toy.ipynb", *cells)
     (run,) = run_notebooks([source], {}, tmp_path / "out", timeout_s=120)
     assert run.error is None and run.records == {"exercise 01.1": 0}
     outputs = [cell.outputs for cell in nbformat.read(run.executed, 4).cells if cell.cell_type == "code"]
-    header, first, second, wrong, stub = (out[0] for out in outputs[1:])
+    header, first, second, wrong, raised, stub = (out[0] for out in outputs[1:])
     assert "difficulty" in header.data["text/plain"]
     assert "hint 1 of 3" in first.data["text/plain"] and "hint 2 of 3" in second.data["text/plain"]
     assert "expected" in wrong.data["text/plain"] and "got" in wrong.data["text/plain"]
+    assert "your answer raised ZeroDivisionError: division by zero" in raised.data["text/plain"]
     assert "not attempted yet" in stub.data["text/plain"]
 
 

@@ -87,6 +87,16 @@ def test_exact_string():
     assert "stride=variable" in repr(make_variable())
 
 
+@pytest.mark.parametrize("error", [TypeError, ValueError])
+def test_lists_are_no_tensors(error):
+    with pytest.raises(error, match=r"KeyedJaggedTensor: values must be a tensor, got list. Use torch.tensor"):
+        KeyedJaggedTensor(["a"], [1, 2], lengths=torch.tensor([2]))
+    with pytest.raises(error, match=r"lengths must be a tensor, got list"):
+        KeyedJaggedTensor(["a"], torch.arange(2), lengths=[2])
+    with pytest.raises(error, match=r"JaggedTensor: values must be a tensor, got ndarray"):
+        JaggedTensor(torch.arange(2).numpy(), offsets=torch.tensor([0, 2]))
+
+
 @pytest.mark.parametrize("error", [AssertionError, ValueError])
 def test_what_does_not_fit_is_refused(error):
     values = torch.arange(3)
@@ -106,6 +116,8 @@ def test_what_does_not_fit_is_refused(error):
         KeyedJaggedTensor(["a"], values, torch.ones(2), torch.tensor([3]))
     with pytest.raises(error, match="3 lengths but no keys"):
         KeyedJaggedTensor([], values, lengths=torch.tensor([1, 1, 1]))
+    with pytest.raises(error, match=r"keys must be a list of feature names, got 'ab'. Use \['ab'\]"):
+        KeyedJaggedTensor("ab", values, lengths=torch.tensor([1, 2]))
     with pytest.raises(error, match="no weights"):
         make().weights()
     with pytest.raises(error, match="no inverse indices"):
