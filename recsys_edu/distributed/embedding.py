@@ -20,6 +20,7 @@ from recsys_edu.distributed.flight import Flight
 from recsys_edu.distributed.pending import PendingJaggedTensors
 from recsys_edu.distributed.sequence_assembly import SequenceAssembly, StartSequence, WaitSequence
 from recsys_edu.distributed.shards import ShardedTables
+from recsys_edu.distributed.spans import span
 from recsys_edu.distributed.tables import table_source
 from recsys_edu.distributed.types import CommOp, ParameterSharding, ShardedModule, ShardingEnv
 from recsys_edu.modules.embedding_configs import EmbeddingConfig
@@ -84,7 +85,8 @@ class ShardedEmbeddingCollection(nn.Module):
         if flight.phase < 2:
             self.exchange_input(flight)
         if flight.phase < 3:
-            self.lookup(flight)
+            with span("lookup"):
+                self.lookup(flight)
         return PendingJaggedTensors(self._names, lambda: self.finish(flight))
 
     def start_input(self, features: KeyedJaggedTensor) -> Flight:

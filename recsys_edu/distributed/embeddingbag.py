@@ -21,6 +21,7 @@ from recsys_edu.distributed.host_sums import HostSums, SumBetweenHosts, SumInsid
 from recsys_edu.distributed.pending import PendingKeyedTensor
 from recsys_edu.distributed.pooled_assembly import PooledAssembly, StartPooled, WaitPooled
 from recsys_edu.distributed.shards import ShardedTables
+from recsys_edu.distributed.spans import span
 from recsys_edu.distributed.tables import table_source
 from recsys_edu.distributed.types import CommOp, ParameterSharding, ShardedModule, ShardingEnv
 from recsys_edu.modules.embedding_configs import EmbeddingBagConfig
@@ -112,7 +113,8 @@ class ShardedEmbeddingBagCollection(nn.Module):
         if flight.phase < 2:
             self.exchange_input(flight)
         if flight.phase < 3:
-            self.lookup(flight)
+            with span("lookup"):
+                self.lookup(flight)
         if flight.phase < 4:
             self.sum_hosts(flight)
         return PendingKeyedTensor(self._names, self._widths, self._shards.device, lambda: self.finish(flight))

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from recsys_edu.distributed.spans import span
 from recsys_edu.distributed.types import NoOpQuantizedCommCodec, QuantizedCommCodec, QuantizedCommCodecs
 
 
@@ -139,15 +140,17 @@ class GroupExchange:
             return arrived(send)
         received = send.new_empty(sum(receive_W))
         try:
-            work = dist.all_to_all_single(
-                received, send, list(receive_W), list(send_W), group=self.group, async_op=True
-            )
+            with span("start", label, "|", send.nbytes, "bytes"):
+                work = dist.all_to_all_single(
+                    received, send, list(receive_W), list(send_W), group=self.group, async_op=True
+                )
         except RuntimeError as error:
             raise self._broken(label, error) from error
 
         def finish() -> None:
             try:
-                work.wait(self.timeout) if self.timeout is not None else work.wait()
+                with span("wait", label):
+                    work.wait(self.timeout) if self.timeout is not None else work.wait()
             except RuntimeError as error:
                 raise self._broken(label, error) from error
 

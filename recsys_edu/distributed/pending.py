@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from recsys_edu.distributed.spans import span
 from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
 
@@ -26,7 +27,8 @@ class PendingKeyedTensor(KeyedTensor):
     def values(self) -> Tensor:
         if self._finish is not None:
             finish, self._finish = self._finish, None
-            self._values = finish()
+            with span("output_dist"):
+                self._values = finish()
         return self._values
 
     def device(self) -> torch.device:
@@ -47,7 +49,8 @@ class PendingJaggedTensors(Mapping[str, JaggedTensor]):
 
     def wait(self) -> dict[str, JaggedTensor]:
         if self._answer is None:
-            self._answer = self._finish()
+            with span("output_dist"):
+                self._answer = self._finish()
         return self._answer
 
     def __getitem__(self, name: str) -> JaggedTensor:

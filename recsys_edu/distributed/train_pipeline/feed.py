@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from recsys_edu.distributed.spans import span
 from recsys_edu.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from recsys_edu.distributed.train_pipeline.utils import new_stream, on_stream, record_stream, to_device
 
@@ -51,10 +52,10 @@ class Feed:
             return None, context
         batch = None
         try:
-            with torch.profiler.record_function("load batch"):
+            with span("load batch"):
                 batch = next(iterator)
             self._num_drawn += 1
-            with torch.profiler.record_function("copy batch"), on_stream(self._stream):
+            with span("copy batch"), on_stream(self._stream):
                 batch = to_device(batch, self.device, non_blocking=True)
                 if self._stream is not None:
                     context.events.append(self._stream.record_event())

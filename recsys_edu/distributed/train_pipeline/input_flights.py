@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from recsys_edu.distributed.exchange import gather_objects
 from recsys_edu.distributed.flight import Flight, NoBatch
 from recsys_edu.distributed.model_parallel import get_unwrapped_module
+from recsys_edu.distributed.spans import span
 from recsys_edu.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from recsys_edu.distributed.train_pipeline.utils import new_stream, on_stream, record_stream
 from recsys_edu.distributed.types import ShardedModule
@@ -127,7 +128,7 @@ class InputFlights:
     def start(self, batch: Any, context: TrainPipelineContext) -> None:
         """Phase 1 for every module that this batch feeds."""
         context.started = True
-        with torch.profiler.record_function("start input"), on_stream(self._stream):
+        with span("start input"), on_stream(self._stream):
             self._wait_for_copy(batch, context)
             for name, path, place in self.routes or []:
                 context.input_dist_splits_requests[name] = self._start(name, self.modules[path], batch, place, context)
@@ -149,7 +150,7 @@ class InputFlights:
 
     def exchange(self, context: TrainPipelineContext) -> None:
         """Phase 2 for every flight of the batch; what is wrong with the batch on any rank becomes its failure."""
-        with torch.profiler.record_function("exchange input"), on_stream(self._stream):
+        with span("exchange input"), on_stream(self._stream):
             for name, path, _ in self.routes or []:
                 flight = context.input_dist_splits_requests.pop(name, None)
                 if flight is None:

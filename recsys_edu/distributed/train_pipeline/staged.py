@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from recsys_edu.distributed.spans import span
 from recsys_edu.distributed.train_pipeline.pipeline_stage import PipelineStage
 from recsys_edu.distributed.train_pipeline.utils import on_stream, record_stream
 
@@ -142,7 +143,7 @@ class StagedTrainPipeline:
         stage = self._stages[index]
         before = self._stages[index - 1].stream if index else None
         try:
-            with torch.profiler.record_function(stage.name), on_stream(stage.stream):
+            with span(stage.name), on_stream(stage.stream):
                 if stage.stream is not None and before is not None and before is not stage.stream:
                     stage.stream.wait_stream(before)
                     record_stream(given, stage.stream)

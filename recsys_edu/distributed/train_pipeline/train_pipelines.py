@@ -27,8 +27,8 @@ from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
+from recsys_edu.distributed.spans import span
 from recsys_edu.distributed.train_pipeline.feed import Feed, wait_for
 from recsys_edu.distributed.train_pipeline.input_flights import InputFlights
 from recsys_edu.distributed.train_pipeline.pipeline_context import In, Out, TrainPipelineContext
@@ -124,7 +124,7 @@ class TrainPipelineBase(TrainPipeline[In, Out]):
             self._optimizer.zero_grad()
         self._feed.fill(dataloader_iter, 1)
         wait_for(batch, context, self._device)
-        with record_function("forward"):
+        with span("forward"):
             loss, output = loss_and_output(self._model_fwd(batch), self._model.training)
         train_on(loss, self._model, self._optimizer)
         return output
@@ -264,7 +264,7 @@ class TrainPipelineSparseDist(TrainPipeline[In, Out]):
     def _forward(self, batch: In, context: TrainPipelineContext) -> tuple[Any, Out]:
         wait_for(batch, context, self._device)
         watching = self._flights.watch(batch) if self._flights.routes is None else nullcontext()
-        with record_function("forward"), watching, self._flights.hand_over(context):
+        with span("forward"), watching, self._flights.hand_over(context):
             answer = (self._custom_model_fwd or self._model)(batch)
         return loss_and_output(answer, self._model.training)
 
@@ -441,7 +441,7 @@ def train_on(loss: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> N
         return
     if not isinstance(loss, Tensor):
         loss = torch.stack([part.sum() for part in loss])
-    with record_function("backward"):
+    with span("backward"):
         (loss if loss.dim() == 0 else loss.sum()).backward()
-    with record_function("optimizer"):
+    with span("optimizer"):
         optimizer.step()
