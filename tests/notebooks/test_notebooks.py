@@ -27,6 +27,7 @@ EXPECTED = {
         "auc": (0.785, 0.82),
         "auc of biases": (0.765, 0.795),
         "probability of the first recommendation": (0.7, 1.0),
+        "AUC on two ranks": (0.785, 0.82),
     },
     "01_jagged_tensors": {
         "padding waste, MovieLens": (0.84, 0.87),
