@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from recsys_edu.distributed.exchange import SimulatedWorld
+from recsys_edu.distributed.exchange import LocalExchange, SimulatedWorld
 from recsys_edu.distributed.flight import Flight
 from recsys_edu.distributed.types import ParameterSharding, ShardingEnv
 from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor
@@ -35,19 +35,22 @@ def simulate(
         world_size: number of simulated ranks.
         shard: the sharded class; default: the one for the module's type.
     """
-    shard = shard or _sharded_class(module)
     world = SimulatedWorld(world_size)
-    return [
-        shard(
-            module,
-            plan,
-            ShardingEnv.from_local(world_size, rank),
-            device=device,
-            exchange=world.exchange(rank),
-            **kwargs,
-        )
-        for rank in range(world_size)
-    ]
+    return [shard_one(module, plan, world.exchange(rank), device, shard, **kwargs) for rank in range(world_size)]
+
+
+def shard_one(
+    module: nn.Module,
+    plan: Mapping[str, ParameterSharding],
+    exchange: LocalExchange,
+    device: torch.device | None = None,
+    shard: Callable[..., nn.Module] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The sharded module of the one rank whose end of a simulated world `exchange` is; arguments as in `simulate`."""
+    shard = shard or _sharded_class(module)
+    env = ShardingEnv.from_local(exchange.world_size, exchange.rank)
+    return shard(module, plan, env, device=device, exchange=exchange, **kwargs)
 
 
 def fly_all(modules: Sequence[nn.Module], batches: Sequence[KeyedJaggedTensor]) -> list[Flight]:

@@ -69,8 +69,11 @@ class RowWiseAdagrad(Optimizer):
             for param in group["params"]:
                 if param.dim() < 2:
                     raise ValueError(f"RowWiseAdagrad needs rows: expected 2 or more dimensions, got {param.shape}")
-                start = torch.full((param.shape[0], 1), initial_accumulator_value, dtype=param.dtype)
-                self.state[param] = {"step": torch.tensor(0.0), "sum": start.to(param.device)}
+                shape, kind = (param.shape[0], 1), {"dtype": param.dtype, "device": param.device}  # meta: no memory
+                self.state[param] = {
+                    "step": torch.tensor(0.0),
+                    "sum": torch.full(shape, initial_accumulator_value, **kind),
+                }
 
     def share_memory(self) -> None:
         """Move the accumulators to shared memory, for training in several processes of one host."""
