@@ -367,7 +367,13 @@ class _Processes:
         config = Config()
         config.LocalControllerLauncher.controller_cmd = [*command, "controller"]
         # schedulers as threads of one process instead of eight processes
-        config.LocalControllerLauncher.controller_args = ["--IPController.use_threads=True", "--nodb"]
+        config.LocalControllerLauncher.controller_args = [
+            "--IPController.use_threads=True",
+            "--nodb",
+            # engines are admitted by the beat, which by default comes every 3 s; the second line notices the dead
+            "--HeartMonitor.period=200",
+            "--HeartMonitor.max_heartmonitor_misses=1000",
+        ]
         config.LocalEngineSetLauncher.engine_cmd = [*command, "engine"]
         # the second line does what ipyparallel's nanny processes are for
         config.LocalEngineSetLauncher.engine_args = ["--IPEngine.enable_nanny=False"]

@@ -9,6 +9,7 @@ over a loopback connection while the first runs a cell: a thread in gloo waits w
 
 from __future__ import annotations
 
+import importlib
 import linecache
 import os
 import runpy
@@ -201,6 +202,8 @@ def _end_with(parent: int) -> None:
 def main() -> None:
     module = {"engine": "ipyparallel.engine", "controller": "ipyparallel.controller"}[sys.argv.pop(1)]
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if module == "ipyparallel.engine":  # torch takes longest to import: begin while the engine waits for its controller
+        threading.Thread(target=importlib.import_module, args=("torch.distributed",), daemon=True).start()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
