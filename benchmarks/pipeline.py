@@ -13,7 +13,6 @@ import itertools
 import logging
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,30 +40,11 @@ from benchmarks.dlrm_step import (
     training_step,
 )
 from benchmarks.embedding_lookup import LEARNING_RATE, TINY, Sizes
-from recsys_edu.distributed.exchange import Exchange, Transfer
+from recsys_edu.distributed.slow_link import SlowLink
 
 NUM_BATCHES, IDS_PER_BAG, DELAYS_MS = 4, 1, (0.0, 20.0)
 PLAIN, BASE, SPARSE, PREFETCH = "plain loop", "TrainPipelineBase", "TrainPipelineSparseDist", "Prefetch...SparseDist"
 THEIR_SPARSE = f"{THEIRS} {SPARSE}"
-
-
-class SlowLink:
-    """Makes what an exchange starts arrive `delay_ms` later."""
-
-    def __init__(self, exchange: Exchange) -> None:
-        self.delay_ms, self._start = 0.0, exchange.start
-        exchange.start = self.start
-
-    def start(self, *arguments: Any) -> Transfer:
-        transfer = self._start(*arguments)
-        due = time.perf_counter() + self.delay_ms / 1e3
-
-        def finish() -> None:
-            transfer.finish()
-            if (rest := due - time.perf_counter()) > 0:
-                time.sleep(rest)
-
-        return Transfer(transfer.received, finish)
 
 
 def make_model(library: SimpleNamespace, sizes: Sizes, layers: Layers) -> nn.Module:

@@ -18,7 +18,7 @@ from recsys_edu.models.model_input import ModelInput
 from recsys_edu.modules.crossnet import LowRankCrossNet
 from recsys_edu.modules.embedding_modules import EmbeddingBagCollection, get_embedding_names_by_table
 from recsys_edu.modules.mlp import MLP
-from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor
+from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 
 def choose(n: int, k: int) -> int:
@@ -55,7 +55,11 @@ class SparseArch(nn.Module):
         self.F = len(self._sparse_feature_names)
 
     def forward(self, features: KeyedJaggedTensor) -> torch.Tensor:
-        return self.embedding_bag_collection(features).values().reshape(-1, self.F, self.D)
+        return self.stack(self.embedding_bag_collection(features))
+
+    def stack(self, embeddings: KeyedTensor) -> torch.Tensor:
+        """The collection's answer as `[B, F, D]`; waits for it where it is still on its way."""
+        return embeddings.values().reshape(-1, self.F, self.D)
 
     @property
     def sparse_feature_names(self) -> list[str]:
@@ -307,10 +311,11 @@ class DLRM(nn.Module):
         self.over_arch = torch.compile(self.over_arch, mode=compile_mode)
 
     def forward(self, dense_features: torch.Tensor, sparse_features: KeyedJaggedTensor) -> torch.Tensor:
-        # sparse first: a sharded collection starts its exchange here and the bottom MLP hides it
-        embedded_sparse = self.sparse_arch(sparse_features)
+        # A sharded collection starts its exchange here, the bottom MLP hides it, and `stack` waits for what is left.
+        # Backward does the same: gradients of embeddings travel while the bottom MLP computes its own.
+        embeddings = self.sparse_arch.embedding_bag_collection(sparse_features)
         embedded_dense = self.dense_arch(dense_features)
-        return self.over_arch(self.inter_arch(embedded_dense, embedded_sparse))
+        return self.over_arch(self.inter_arch(embedded_dense, self.sparse_arch.stack(embeddings)))
 
 
 class DLRM_Projection(DLRM):
