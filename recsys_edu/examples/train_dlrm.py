@@ -6,6 +6,8 @@
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --max-restarts 3 \\
         -m recsys_edu.examples.train_dlrm --dataset criteo --data DAYS --out SHARED_FOLDER --checkpoint-every 1000
 
+In a notebook's `%%ranks` cell: `train_dlrm.main(["--dataset", "movielens"])`. The loop itself is recsys_edu.training.
+
 With `--out` losses and metrics go to `metrics.jsonl` there, checkpoints to `step_<n>`. Started again, or restarted by
 torchrun because a rank died, it goes on from the last complete checkpoint: to the same losses, bit for bit, as without
 the interruption; also on another number of ranks or under another plan, then up to rounding.
@@ -14,35 +16,24 @@ the interruption; also on another number of ranks or under another plan, then up
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.rendezvous import rendezvous
 
 from recsys_edu.distributed import sharding_plan
-from recsys_edu.distributed.checkpoint import FACTS_FILE, load_checkpoint, save_checkpoint
-from recsys_edu.distributed.comm import get_local_rank, get_local_size
-from recsys_edu.distributed.exchange import gather_objects
+from recsys_edu.distributed.comm import get_local_size
 from recsys_edu.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from recsys_edu.distributed.types import ShardingPlan
 from recsys_edu.examples.ctr_tasks import DATASETS, CTRTask, criteo_task, movielens_task, synthetic_criteo_task
-from recsys_edu.metrics.auc import AUCMetric
-from recsys_edu.metrics.metrics_config import RecTaskInfo
-from recsys_edu.metrics.ne import NEMetric
 from recsys_edu.models.dlrm import DLRM, DLRMTrain
 from recsys_edu.modules.embedding_modules import EmbeddingBagCollection
 from recsys_edu.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from recsys_edu.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from recsys_edu.optim.optimizers import in_backward_optimizer_filter
 from recsys_edu.optim.rowwise_adagrad import RowWiseAdagrad
+from recsys_edu.training import PIPELINES, Schedule, Trainer, process_group
 
 TABLES_PATH = "model.sparse_arch.embedding_bag_collection"
 OPTIMIZERS = {
@@ -69,45 +60,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for metrics and checkpoints, the same one on every host")
     parser.add_argument("--checkpoint-every", type=int, default=0, help="steps; 0: only at the end")
     parser.add_argument("--keep", type=int, default=2, help="checkpoints to keep")
+    parser.add_argument("--evaluate-every", type=int, help="steps; default: after every epoch; 0: only at the end")
+    parser.add_argument("--patience", type=int, help="stop after so many evaluations without a better entropy")
+    parser.add_argument("--pipeline", choices=list(PIPELINES), default="sparse-dist")
+    parser.add_argument("--load-ahead", action="store_true", help="make batches in a thread of their own")
+    parser.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
+    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, help="bar; default: in a terminal")
     parser.add_argument("--log-every", type=int, default=10, help="steps between looks at the losses")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for a silent rank")
     return parser.parse_args(argv)
-
-
-@contextmanager
-def process_group(timeout: float) -> Iterator[torch.device]:
-    """This rank's device; inside, a process group if torchrun started several ranks (or one)."""
-    device = torch.device("cuda", get_local_rank(1, 0)) if torch.cuda.is_available() else torch.device("cpu")
-    if "RANK" not in os.environ:
-        yield device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    limit = timedelta(seconds=timeout)
-    if life := os.environ.get("TORCHELASTIC_RESTART_COUNT"):
-        # torchrun's own store outlives a restart; ranks must not meet the addresses of those that have died.
-        _check_restarts()
-        store, rank, world_size = next(rendezvous("env://", timeout=limit))
-        store = dist.PrefixStore(f"life {life}", store) if os.environ.get("GROUP_WORLD_SIZE") == "1" else store
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
-    else:
-        dist.init_process_group(backend, timeout=limit)
-    yield device
-    dist.destroy_process_group()
-
-
-def _check_restarts() -> None:
-    """On several hosts each torchrun counts restarts for itself, so only a store of the ranks' own is safe."""
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    own_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False"
-    if restarts and not own_store and os.environ.get("GROUP_WORLD_SIZE") != "1":
-        raise ValueError(
-            "torchrun --max-restarts on several hosts: start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
-            "environment, or a restarted rank may look for one that has died (pytorch issue 135712)"
-        )
 
 
 def make_task(args: argparse.Namespace, rank: int, world_size: int) -> CTRTask:
@@ -172,114 +134,45 @@ def make_model(
     return sharded, CombinedOptimizer([sharded.fused_optimizer, dense_optimizer])
 
 
-class RunFolder:
-    """Where a run keeps its metrics and checkpoints; rank 0 writes. Without `--out` nothing is kept.
-
-    Lines are appended whole. What a killed run wrote beyond its last checkpoint is cut off when the run goes on.
-    """
-
-    def __init__(self, path: Path | None, rank: int) -> None:
-        self.path, self.rank = path, rank
-        self.metrics = path / "metrics.jsonl" if path is not None else None
-        if path is not None and rank == 0:
-            path.mkdir(parents=True, exist_ok=True)
-
-    def write(self, lines: list[dict[str, object]]) -> None:
-        if self.metrics is not None and self.rank == 0:
-            with open(self.metrics, "a") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
-
-    def cut_after(self, step: int) -> None:
-        """Drop lines of later steps, and a line that was being written when the run ended."""
-        if self.metrics is None or self.rank != 0 or not self.metrics.exists():
-            return
-        kept = [line for line in self.metrics.read_text().splitlines(True) if line.endswith("\n")]
-        kept = [line for line in kept if json.loads(line)["step"] <= step]
-        aside = self.metrics.with_suffix(".tmp")
-        aside.write_text("".join(kept))
-        os.replace(aside, self.metrics)
-
-    def checkpoints(self) -> list[Path]:
-        """Complete ones, oldest first, as rank 0 sees them."""
-        found = list(self.path.glob("step_*")) if self.path is not None else []
-        complete = [path for path in found if path.name[5:].isdigit() and (path / FACTS_FILE).exists()]
-        group = dist.group.WORLD if dist.is_initialized() else None
-        return gather_objects(sorted(complete, key=lambda path: int(path.name[5:])), group)[0]
-
-    def drop_old(self, keep: int) -> None:
-        for path in self.checkpoints()[:-keep]:
-            if self.rank == 0:
-                shutil.rmtree(path)
-
-
-def evaluate(model: DistributedModelParallel, task: CTRTask, device: torch.device, rank: int, world_size: int):
-    """AUC and normalised entropy over the test batches of all ranks, the same on every rank."""
-    options = {"tasks": [RecTaskInfo(name="click")], "window_size": 2**40, "compute_on_all_ranks": True}
-    metrics = [metric(world_size, rank, batch_size=1, **options).to(device) for metric in (AUCMetric, NEMetric)]
-    model.eval()
-    with torch.no_grad():
-        for batch in task.test():
-            _, (_, logits, labels) = model(batch.to(device))
-            for metric in metrics:
-                metric.update(predictions={"click": logits.sigmoid()}, labels={"click": labels}, weights=None)
-    model.train()
-    values = {key: float(value) for metric in metrics for key, value in metric.compute().items()}
-    return {"auc": values["auc-click|window_auc"], "ne": values["ne-click|lifetime_ne"]}
-
-
 def train(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """The whole run; returns the last metrics."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     task = make_task(args, rank, world_size)
     model, optimizer = make_model(args, task, device, rank, world_size)
-    folder = RunFolder(args.out, rank)
-    data = {name: str(getattr(args, name)) for name in ("dataset", "data", "rows_per_table", "batch_size", "seed")}
+    every = task.steps_per_epoch if args.evaluate_every is None else args.evaluate_every
+    trainer = Trainer(
+        model,
+        optimizer,
+        task.train,
+        task.test,
+        device=device,
+        out=args.out,
+        schedule=Schedule(args.checkpoint_every, every, args.log_every, args.keep, args.patience),
+        pipeline=args.pipeline,
+        data={name: str(getattr(args, name)) for name in ("dataset", "data", "rows_per_table", "batch_size", "seed")},
+        steps_per_epoch=task.steps_per_epoch,
+        load_ahead=args.load_ahead,
+        tensorboard=args.tensorboard,
+        progress=args.progress,
+    )
     last_step = args.steps if args.steps is not None else args.epochs * task.steps_per_epoch
-    first_step = 0
-    if checkpoints := folder.checkpoints():
-        saved = load_checkpoint(checkpoints[-1], model, optimizer)
-        if saved["data"] != data:
-            raise ValueError(f"{checkpoints[-1]} is of a run on other data: {saved['data']}, this one is on {data}")
-        first_step = saved["step"]
-    folder.cut_after(first_step)
+    first_step = trainer.resume()
     if rank == 0:
         print(f"{args.dataset}: steps {first_step} to {last_step} on {world_size} ranks", flush=True)
-    losses: list[torch.Tensor] = []
-    for step, batch in zip(range(first_step + 1, last_step + 1), task.train(first_step)):
-        loss, _ = model(batch.to(device))
-        optimizer.zero_grad(set_to_none=True)  # over kept gradients DDP divides, over fresh ones it multiplies by 1 / W
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-        save = step == last_step or (args.checkpoint_every and step % args.checkpoint_every == 0)
-        if save or len(losses) == args.log_every:
-            folder.write(average_losses(losses, step))
-            losses = []
-        if save and args.out is not None:
-            save_checkpoint(args.out / f"step_{step}", model, optimizer, {"step": step, "data": data})
-            folder.drop_old(args.keep)
-    metrics = evaluate(model, task, device, rank, world_size)
-    folder.write([{"step": last_step, **metrics}])
+    metrics = trainer.fit(last_step)
     if rank == 0:
-        print(f"step {last_step}: AUC {metrics['auc']:.4f}, normalised entropy {metrics['ne']:.4f}", flush=True)
+        early = f" (stopped early; the best was step {trainer.best_step})" if trainer.stopped_early else ""
+        scores = f"AUC {metrics['auc']:.4f}, normalised entropy {metrics['ne']:.4f}"
+        print(f"step {trainer.step}: {scores}{early}", flush=True)
     return metrics
 
 
-def average_losses(losses: list[torch.Tensor], last_step: int) -> list[dict[str, object]]:
-    """One line per step; the loss is the mean over all ranks' slices."""
-    values = torch.stack(losses).double()
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    first = last_step - len(losses) + 1
-    return [{"step": first + i, "loss": value} for i, value in enumerate(values.tolist())]  # host sync: to write them
-
-
 @record
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run with these arguments (default: the command line's), on the ranks that there are."""
     args = parse_arguments(argv)
     with process_group(args.timeout) as device:
-        train(args, device)
+        return train(args, device)
 
 
 if __name__ == "__main__":

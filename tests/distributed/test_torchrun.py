@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small_criteo import write_small_criteo
 
-from recsys_edu.examples.train_dlrm import RunFolder
+from recsys_edu.training import RunFolder
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
