@@ -131,7 +131,7 @@ class Timeline:
         """
         ends: dict[int, list[float]] = defaultdict(list)
         for span in self.spans:
-            if span.name == "optimizer":
+            if span.name.partition(" #")[0] == "optimizer":
                 ends[span.rank].append(span.end_ms)
         if not ends or min(map(len, ends.values())) < 2:
             raise ValueError("a time per step needs two recorded steps or more, each with a span 'optimizer'")

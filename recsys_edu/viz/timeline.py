@@ -62,7 +62,7 @@ def kind_of(span: Span) -> str:
     >>> kind_of(Span(0, "host", "wait sizes", 0, 1)), kind_of(Span(0, "network", "lengths and ids", 0, 1))
     ('waiting', 'input_dist')
     """
-    name = span.name
+    name = span.name.partition(" #")[0]  # simulated spans say which batch
     if name.startswith("wait "):
         return WAITING
     if name in _KIND_OF or name in COLOURS:
@@ -96,7 +96,7 @@ def timeline_figure(
     timelines = {"": timelines} if isinstance(timelines, Timeline) else dict(timelines)
     lines = {name: _lines(timeline) for name, timeline in timelines.items()}
     counts = [max(len(found), 1) for found in lines.values()]
-    height = height or 150 + 90 * len(counts) + 30 * sum(counts)
+    height = height or 180 + 90 * len(counts) + 30 * sum(counts)
     figure = make_subplots(
         rows=len(counts),
         cols=1,
@@ -119,8 +119,9 @@ def timeline_figure(
     figure.update_layout(
         barmode="overlay",
         bargap=0,
-        margin={"l": 130, "t": 125, "b": 50},
+        margin={"l": 130, "t": 155, "b": 50},
         legend={"orientation": "h", "yref": "container", "y": 1 - 66 / height, "yanchor": "top", "x": 0},
+        legend_font_size=12,
     )
     figure.update_layout(title={"yref": "container", "y": 1, "yanchor": "top", "pad": {"t": 16}})
     return figure
@@ -237,6 +238,7 @@ def _room(name: str) -> float:
 
 
 def _short(name: str) -> str:
+    name = name.removeprefix("wait ")
     for long, short in (("gradients of ", "grad "), (" embeddings", ""), ("lengths and ids", "ids"), ("gloo:", "")):
         name = name.replace(long, short)
     return name
