@@ -59,10 +59,21 @@ class Exchange(Protocol):
     world_size: int
     log: list[TransferRecord] | None
 
-    def start(self, send: Tensor, send_W: Sequence[int], receive_W: Sequence[int], label: str) -> Transfer:
-        """Begin to send `send_W[r]` elements of the 1-D tensor `send` to every rank r, in rank order."""
+    def start(
+        self, send: Tensor, send_W: Sequence[int], receive_W: Sequence[int], label: str, into: Tensor | None = None
+    ) -> Transfer:
+        """Begin to send `send_W[r]` elements of the 1-D tensor `send` to every rank r, in rank order.
+
+        What arrives is written to `into`, memory that nobody reads any more, or to memory of the exchange's choice.
+        """
         ...
 
+    def recycle(self, buffer: Tensor) -> None:
+        """Hand over memory that nobody will read any more; a later transfer may arrive in it."""
+        ...
+
+
+MOST_SPARE = 3  # as many batches as a pipeline has in flight
 
 Block = tuple[int, int]  # rows, columns
 
@@ -82,20 +93,22 @@ def start_rows(
     send_blocks_W: Sequence[Sequence[Block]],
     receive_blocks_W: Sequence[Sequence[Block]],
     label: str,
+    into: Tensor | None = None,
 ) -> Transfer:
     """Start to exchange blocks of float rows, in the precision of `codec` (None: as they are).
 
     Args:
         send: 1-D, the blocks for rank 0, then those for rank 1, ...
         send_blocks_W, receive_blocks_W: (rows, columns) of each block, per rank.
+        into: 1-D memory for what arrives; None: new memory.
     """
     if codec is None:
-        return exchange.start(send, _sizes(send_blocks_W), _sizes(receive_blocks_W), label)
+        return exchange.start(send, _sizes(send_blocks_W), _sizes(receive_blocks_W), label, into)
     width = codec.calc_quantized_size
     encoded = [codec.encode(rows).flatten() for rows in _views(send, send_blocks_W, int)]
     packed = torch.cat(encoded) if encoded else send.new_empty(0, dtype=codec.quantized_dtype)
     transfer = exchange.start(packed, _sizes(send_blocks_W, width), _sizes(receive_blocks_W, width), label)
-    received = send.new_empty(sum(_sizes(receive_blocks_W)))
+    received = send.new_empty(sum(_sizes(receive_blocks_W))) if into is None else into
 
     def finish() -> None:
         transfer.finish()
@@ -128,17 +141,20 @@ class GroupExchange:
     log: list[TransferRecord] | None = None
     rank: int = field(init=False)
     world_size: int = field(init=False)
+    _spare: list[Tensor] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
         self.world_size = dist.get_world_size(self.group) if self.group is not None else 1
 
-    def start(self, send: Tensor, send_W: Sequence[int], receive_W: Sequence[int], label: str) -> Transfer:
+    def start(
+        self, send: Tensor, send_W: Sequence[int], receive_W: Sequence[int], label: str, into: Tensor | None = None
+    ) -> Transfer:
         if self.log is not None:
             self.log.append(_record(label, send, send_W))
         if self.world_size == 1:
             return arrived(send)
-        received = send.new_empty(sum(receive_W))
+        received = self._memory(send, sum(receive_W)) if into is None else into
         try:
             with span("start", label, "|", send.nbytes, "bytes"):
                 work = dist.all_to_all_single(
@@ -155,6 +171,18 @@ class GroupExchange:
                 raise self._broken(label, error) from error
 
         return Transfer(received, finish)
+
+    def recycle(self, buffer: Tensor) -> None:
+        # Fresh host memory costs a page fault every 4 KiB, which takes longer than the transfer's own work on it. The
+        # allocator of a device keeps what it had.
+        if buffer.numel() and buffer.device.type == "cpu":
+            self._spare = [*self._spare[1 - MOST_SPARE :], buffer]
+
+    def _memory(self, like: Tensor, size: int) -> Tensor:
+        for index, buffer in enumerate(self._spare):
+            if buffer.numel() == size and buffer.dtype == like.dtype:
+                return self._spare.pop(index)
+        return like.new_empty(size)
 
     def _broken(self, label: str, error: RuntimeError) -> RuntimeError:
         return RuntimeError(
@@ -195,14 +223,16 @@ class LocalExchange:
         self.log: list[TransferRecord] | None = None
         self._num_started = 0
 
-    def start(self, send: Tensor, send_W: Sequence[int], receive_W: Sequence[int], label: str) -> Transfer:
+    def start(
+        self, send: Tensor, send_W: Sequence[int], receive_W: Sequence[int], label: str, into: Tensor | None = None
+    ) -> Transfer:
         if self.log is not None:
             self.log.append(_record(label, send, send_W))
         number = self._num_started
         self._num_started += 1
         for destination, piece in enumerate(send.detach().split(list(send_W))):
             self.world.mailboxes[number, self.rank, destination] = piece
-        received = send.new_empty(sum(receive_W))
+        received = send.new_empty(sum(receive_W)) if into is None else into
 
         def finish() -> None:
             for source, place in enumerate(received.detach().split(list(receive_W))):
@@ -215,6 +245,9 @@ class LocalExchange:
                 place.copy_(piece)
 
         return Transfer(received, finish)
+
+    def recycle(self, buffer: Tensor) -> None:
+        """Nothing: a mailbox may still hold a part of it."""
 
 
 def _record(label: str, send: Tensor, send_W: Sequence[int]) -> TransferRecord:

@@ -84,6 +84,9 @@ class Flight:
     """Buffers that the answers arrive in."""
     under_way: dict[str, Transfer] = field(default_factory=dict)
     """Started transfers of answers and of gradients, by what they carry."""
+    pooled: Tensor | None = None
+    pieces: Tensor | None = None
+    """Pooled columns that left this rank, and those that came: once read, their gradients travel in this memory."""
     places: Places | None = None
     answered_W: list[list[Block]] = field(default_factory=list)
     """Sequences only: where returned rows go, and the blocks of rows that each rank gets from this one."""

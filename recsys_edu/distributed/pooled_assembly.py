@@ -91,11 +91,11 @@ class PooledAssembly:
         in_place = [(run.received, run.answer) for run in self.runs] == [(whole, whole)]
         self.is_identity = in_place and not self.means  # means divide the answer, which must then be a copy
 
-    def start(self, exchange: Exchange, codec, pieces: Tensor, send_W, receive_W, label: str) -> Transfer:
+    def start(self, exchange: Exchange, codec, pieces: Tensor, send_W, receive_W, label: str, into=None) -> Transfer:
         """`exchange.start_rows`, or nothing where no rank returns any column (all tables are data-parallel)."""
         if not any(self.width_S):
             return arrived(pieces)
-        return start_rows(exchange, codec, pieces, send_W, receive_W, label)
+        return start_rows(exchange, codec, pieces, send_W, receive_W, label, into)
 
     def scatter(self, pieces: Tensor, local_BD: Tensor | None, batch_size: int) -> Tensor:
         """Returned pieces, source after source, to the output [B, D] of sums."""
@@ -113,12 +113,16 @@ class PooledAssembly:
             first += width
         return answer_BD
 
-    def gather(self, gradient_BD: Tensor, scale: float) -> Tensor:
-        """The adjoint of `scatter`, scaled: every returned column gets the gradient of the column it went into."""
+    def gather(self, gradient_BD: Tensor, scale: float, pieces: Tensor | None) -> Tensor:
+        """The adjoint of `scatter`, scaled: every returned column gets the gradient of the column it went into.
+
+        Written to `pieces`, memory of the size of the returned pieces, or to new memory.
+        """
         if self.is_identity and scale == 1:
             return gradient_BD.flatten()
         batch_size = gradient_BD.shape[0]
-        pieces = gradient_BD.new_empty(batch_size * sum(self.width_S))
+        if pieces is None:
+            pieces = gradient_BD.new_empty(batch_size * sum(self.width_S))
         blocks = self._blocks(pieces, batch_size)
         for run in self.runs:
             torch.mul(gradient_BD[:, run.answer], scale, out=blocks[run.source][:, run.received])
@@ -143,17 +147,20 @@ class StartPooled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pooled: Tensor, anchor: Tensor, flight: Flight, exchange: Exchange, assembly: PooledAssembly):
-        ctx.flight, ctx.shape = flight, pooled.shape
+        ctx.flight, ctx.exchange, ctx.shape = flight, exchange, pooled.shape
         send_W = [[(batch_size, pooled.shape[1])] for batch_size in flight.batch_sizes_W]
         receive_W = [[(flight.batch_size, width)] for width in assembly.width_W]
-        codec = assembly.forward_codec
-        transfer = assembly.start(exchange, codec, pooled.flatten(), send_W, receive_W, "pooled embeddings")
+        send = pooled.flatten()
+        transfer = assembly.start(exchange, assembly.forward_codec, send, send_W, receive_W, "pooled embeddings")
         flight.under_way["pooled"] = transfer
+        flight.pooled = send
         return transfer.received.view(-1)
 
     @staticmethod
     def backward(ctx, placeholder: Tensor):
-        return ctx.flight.under_way["gradients of pooled"].wait().view(ctx.shape), None, None, None, None
+        gradient = ctx.flight.under_way.pop("gradients of pooled").wait()
+        _recycle(ctx.flight, ctx.exchange)
+        return gradient.view(ctx.shape), None, None, None, None
 
 
 class WaitPooled(torch.autograd.Function):
@@ -169,10 +176,15 @@ class WaitPooled(torch.autograd.Function):
     def forward(ctx, local_BD, flight: Flight, exchange: Exchange, assembly: PooledAssembly, hosts, *returned: Tensor):
         ctx.flight, ctx.exchange, ctx.assembly, ctx.hosts = flight, exchange, assembly, hosts
         ctx.has_local = local_BD is not None
-        pieces = flight.under_way["pooled"].wait()
+        pieces = flight.under_way.pop("pooled").wait()
         if hosts is not None:
             pieces = torch.cat([pieces, flight.under_way["host sums"].wait()])
         answer_BD = assembly.scatter(pieces, local_BD, flight.batch_size)
+        if not assembly.is_identity:  # where it is, the pieces are the answer
+            flight.pieces = pieces
+        if not any(ctx.needs_input_grad):
+            flight.pooled = None
+            _recycle(flight, exchange)
         assembly.divide_means(answer_BD, flight)
         return answer_BD
 
@@ -184,14 +196,29 @@ class WaitPooled(torch.autograd.Function):
             assembly.divide_means(gradient_BD, flight)
         local = torch.cat([gradient_BD[:, columns] for columns in assembly.local_columns], 1) if ctx.has_local else None
         # One process with W times the batch would divide its mean loss by W times as many examples; so does DDP.
-        pieces = assembly.gather(gradient_BD, scale=1 / exchange.world_size)
+        pieces = assembly.gather(gradient_BD, 1 / exchange.world_size, flight.pieces)
         alone = flight.batch_size * sum(assembly.width_W)
         send_W = [[(flight.batch_size, width)] for width in assembly.width_W]
         receive_W = [[(batch_size, assembly.width_W[exchange.rank])] for batch_size in flight.batch_sizes_W]
         flight.under_way["gradients of pooled"] = assembly.start(
-            exchange, assembly.backward_codec, pieces[:alone], send_W, receive_W, "gradients of pooled embeddings"
+            exchange,
+            assembly.backward_codec,
+            pieces[:alone],
+            send_W,
+            receive_W,
+            "gradients of pooled embeddings",
+            flight.pooled,
         )
+        flight.pooled = flight.pieces = None
         if ctx.hosts is None:
+            flight.pieces = pieces
             return local, None, None, None, None, pieces
         ctx.hosts.start_gradients(pieces[alone:], flight, exchange)
         return local, None, None, None, None, pieces[:alone], pieces[alone:]
+
+
+def _recycle(flight: Flight, exchange: Exchange) -> None:
+    """Let a later flight use the memory of the pieces, which have been read or sent."""
+    pieces, flight.pieces = flight.pieces, None
+    if pieces is not None and exchange.world_size > 1:  # alone, what arrives is what was sent, and still to be read
+        exchange.recycle(pieces)
