@@ -31,14 +31,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import CLOCKS, OURS, THEIRS, Gate, best, medians, parse_arguments, ratio, report
 from benchmarks.dlrm_step import (
+    DENSE,
     TINY_LAYERS,
+    Examples,
     Layers,
     Step,
+    dense_alone,
     library_batch,
     our_library,
     parallel_dlrm,
     parallel_step,
     random_examples,
+    table_milliseconds,
     their_library,
 )
 from benchmarks.embedding_lookup import TINY, Sizes
@@ -61,6 +65,10 @@ def generators(sharding: str, plans: Any, tables: Sequence[str]) -> dict[str, An
     return {table: make[sharding](index) for index, table in enumerate(tables)}
 
 
+def make_examples(sizes: Sizes, rank: int) -> list[Examples]:
+    return [random_examples(sizes, 1, seed=rank * NUM_BATCHES + index) for index in range(NUM_BATCHES)]
+
+
 def make_step(library: SimpleNamespace, sharding: str, sizes: Sizes, layers: Layers, rank: int) -> Step:
     """The library's training step on this rank's batches."""
 
@@ -79,8 +87,7 @@ def make_step(library: SimpleNamespace, sharding: str, sizes: Sizes, layers: Lay
             table.compute_kernel = "fused" if fused else "dense"
         return made
 
-    examples = [random_examples(sizes, 1, seed=rank * NUM_BATCHES + index) for index in range(NUM_BATCHES)]
-    batches = [library_batch(library, sizes, each) for each in examples]
+    batches = [library_batch(library, sizes, each) for each in make_examples(sizes, rank)]
     return parallel_step(parallel_dlrm(library, sizes, layers, plan, fused), batches, fused)
 
 
@@ -123,7 +130,11 @@ def run_rank(rank: int, store: str, tiny: bool, rounds: int, threads: int, clock
         libraries[THEIRS] = theirs
     findings = []
     for sharding in SHARDINGS:
-        steps, collectives, refusals = {}, {}, {}
+        examples = make_examples(sizes, rank)
+        steps, collectives, refusals = {DENSE: dense_alone(sizes, layers, examples, parallel=True)}, {}, {}
+        for _ in range(3):
+            steps[DENSE]()
+        collectives[DENSE] = count_collectives(steps[DENSE])
         for name, library in libraries.items():
             try:
                 step = make_step(library, sharding, sizes, layers, rank)
@@ -164,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ranks.join()
     rows, gates = [], []
     for sharding, samples, collectives, refusals in findings:
-        fastest = best(samples)
+        fastest, tables = best(samples), table_milliseconds(samples)
         for name, milliseconds in medians(samples).items():
             rows.append(
                 {
@@ -172,17 +183,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "library": name,
                     "ms per step": milliseconds,
                     "fastest ms": fastest[name],
+                    "of it tables, ms": tables[name],
                     "time / ours": ratio(samples, name, OURS),
                     "collectives": sum(collectives[name].values()),
                     "kinds": ", ".join(f"{count} {kind}" for kind, count in sorted(collectives[name].items())),
                 }
             )
         for name, reason in refusals.items():
-            missing = dict.fromkeys(["ms per step", "fastest ms", "time / ours", "collectives"], "")
+            missing = dict.fromkeys(["ms per step", "fastest ms", "of it tables, ms", "time / ours", "collectives"], "")
             rows.append({"sharding": sharding, "library": name, **missing, "kinds": f"refused: {reason}"})
         if THEIRS in samples:
             promise = f"times faster than TorchRec, 2 ranks, {sharding}"
             gates.append(Gate(promise, ratio(samples, THEIRS, OURS), at_least=1.3))
+            gates.append(Gate(f"{promise}, without the dense layers", tables[THEIRS] / tables[OURS], at_least=1.3))
     report("dlrm_ranks", rows, gates, arguments.out)
 
 
