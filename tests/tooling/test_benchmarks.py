@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import common  # noqa: E402
 
-NAMES = ("embedding_lookup", "dlrm_step", "dlrm_ranks", "import_time", "pipeline", "planner")
+NAMES = ("embedding_lookup", "dlrm_step", "dlrm_ranks", "import_time", "pipeline", "planner", "step_simulator")
 
 
 def run_tiny(name: str, folder: Path, **environment: str) -> dict:

@@ -138,18 +138,19 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class _Traffic:
+class Traffic:
     """Ids that reach a rectangle and answers that leave it, per step."""
 
     ids_N: Array
     answers_N: Array
 
 
-def _traffic(rect: Rectangles, use: Lookups, machine: Machine) -> _Traffic:
+def traffic_of(rect: Rectangles, use: Lookups, machine: Machine) -> Traffic:
+    """Of every rectangle: a copy serves its own rank's batch, any other shard all ranks'."""
     replica = rect.pattern == Pattern.REPLICA
     asking = np.where(replica, 1, machine.world_size)
     ids_N = asking * use.ids / rect.parts
-    return _Traffic(ids_N, np.where(use.pooled, asking * use.bags, ids_N))
+    return Traffic(ids_N, np.where(use.pooled, asking * use.bags, ids_N))
 
 
 def times_ms(rect: Rectangles, use: Lookups, machine: Machine, inference: bool = False) -> Array:
@@ -158,7 +159,7 @@ def times_ms(rect: Rectangles, use: Lookups, machine: Machine, inference: bool =
     >>> # one table of 1000 x 128 whole on one of 4 ranks, one id per example, 512 examples per rank
     >>> # fwd_compute = (2048 ids x 8 bytes + 2048 rows x 512 bytes read + as many written) / kernel_bw
     """
-    traffic = _traffic(rect, use, machine)
+    traffic = traffic_of(rect, use, machine)
     row_split = rect.pattern >= Pattern.ROWS_EVERYWHERE
     replica = rect.pattern == Pattern.REPLICA
     whole = rect.pattern == Pattern.WHOLE_ROWS
@@ -218,7 +219,7 @@ def storage_bytes(
     On the CPU everything is host memory. A cached kernel keeps the weights on the host and a share of them, with a
     few bytes of bookkeeping per row, on the device. `ephemeral` counts buffers that live only within a step.
     """
-    traffic = _traffic(rect, use, machine)
+    traffic = traffic_of(rect, use, machine)
     input_N = traffic.ids_N * c.BIGINT_DTYPE
     output_N = traffic.answers_N * rect.columns * use.output_bytes
     buffers_N = buffer_bytes(input_N, output_N, np.where(rect.cached, input_N, 0.0), pipeline, None, ephemeral)
