@@ -7,11 +7,11 @@ with slow_link(model, delay_ms=20):
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from recsys_edu.distributed.exchange import Exchange, Transfer
 from recsys_edu.distributed.spans import span
@@ -27,15 +27,15 @@ class SlowLink:
         self.delay_ms, self._exchange, self._start = delay_ms, exchange, exchange.start
         exchange.start = self.start  # type: ignore[method-assign]
 
-    def start(self, *arguments: Any) -> Transfer:
+    def start(self, send: Tensor, send_W: Sequence[int], receive_W: Sequence[int], label: str, *more: Any) -> Transfer:
         due = time.perf_counter() + self.delay_ms / 1e3
         with span("slow link |", self.delay_ms, "ms"):
-            transfer = self._start(*arguments)
+            transfer = self._start(send, send_W, receive_W, label, *more)
 
         def finish() -> None:
             transfer.finish()
             if (rest := due - time.perf_counter()) > 0:
-                with span("wait", arguments[-1]):
+                with span("wait", label):
                     time.sleep(rest)
 
         return Transfer(transfer.received, finish)

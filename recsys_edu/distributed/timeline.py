@@ -171,23 +171,30 @@ def record_timeline(run: Callable[[], Any], rank: int | None = None) -> Timeline
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with _quiet_profiler(), torch.profiler.profile(activities=activities) as profile:
+    profile = torch.profiler.profile(activities=activities)
+    with _without_stderr():
+        profile.start()
+    try:
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # host sync: kernels that are still running belong to the recording
+    finally:
+        with _without_stderr():
+            profile.stop()
     return timeline_of_events(profile.profiler.kineto_results.events(), rank)
 
 
 @contextmanager
-def _quiet_profiler() -> Iterator[None]:
-    """torch 2.13's profiler prints a line to stderr at each start and stop unless this variable is set by then."""
-    before = os.environ.get("KINETO_LOG_LEVEL")
-    os.environ["KINETO_LOG_LEVEL"] = before or "99"
+def _without_stderr() -> Iterator[None]:
+    """torch 2.13's profiler prints remarks from C++ at each start and stop, past Python's sys.stderr."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["KINETO_LOG_LEVEL"]
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def merge(timelines: Iterable[Timeline]) -> Timeline:

@@ -125,8 +125,8 @@ def make_model(
     torch.manual_seed(args.seed * 1_000_003 + rank)  # ranks hold different rows, which must not begin alike
     # DDP groups gradients anew after its first step, and with the groups changes the order in which three or more ranks
     # are added up; a restart would repeat that and round otherwise. Looking for unused parameters, it keeps its groups.
-    # (There are none, which it remarks upon.)
-    wrapper = DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True)
+    # (There are none, which it remarks upon.) The sum of two does not depend on the order.
+    wrapper = DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=world_size > 2)
     plan = named_plan(tables, args.sharding, world_size, device.type)
     sharded = DistributedModelParallel(model, device=device, plan=plan, data_parallel_wrapper=wrapper)
     others = dict(in_backward_optimizer_filter(sharded.named_parameters()))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -46,7 +48,19 @@ def process_group(timeout: float) -> Iterator[torch.device]:
     else:
         dist.init_process_group(backend, timeout=limit)
     yield device
+    _leave()
+
+
+def _leave() -> None:
+    """End the process group, and give gloo's threads time to let go of the tensors that they sent last.
+
+    They do so after we have been told that all has arrived. A thread that frees a tensor while Python is shutting down
+    aborts the process (seen in 3 of 125 runs on a busy machine, torch 2.13). Without references to the group its end
+    waits for its threads; models may lie in reference cycles until a collection.
+    """
+    gc.collect()
     dist.destroy_process_group()
+    time.sleep(0.1)
 
 
 def _check_restarts() -> None:

@@ -83,6 +83,15 @@ EXPECTED = {
         "row-wise over grid, bytes between hosts": (2.5, 2.9),
         "bytes between hosts, grid on real ranks": (450, 520),
     },
+    "17_the_pipelined_trainer": {
+        "simulated speed-up": (1.67, 1.68),
+        "simulated share hidden": (0.8, 0.81),
+        "speed-up on the slow network": POSITIVE,
+        "hidden, base": (0, 100),
+        "hidden, sparse-dist": (5, 100),
+        "AUC after a few steps": (0.62, 0.76),
+        "steps with the same loss after a restart": (30, 30),
+    },
     "18_checkpoints_and_resharding": {
         "share of the table that travelled": (0.75, 0.75),
         "last loss over first": (0.0, 0.7),

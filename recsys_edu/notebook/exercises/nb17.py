@@ -30,7 +30,7 @@ def check_hidden(answer: Callable[[list[tuple[float, float]], list[tuple[float, 
 
 def check_schedule(schedule: Sequence[str] | None) -> None:
     """`schedule` is valid, and on any network as fast as the library's sparse-dist or faster."""
-    if schedule is None or schedule is ... or not len(schedule):
+    if schedule is None or schedule is ... or not len(schedule) or any(call is ... for call in schedule):
         raise NotImplementedError
     if isinstance(schedule, str) or not all(isinstance(call, str) for call in schedule):
         raise CheckFailed(f'expected a list of calls such as ["load", "start sizes +1"], got {schedule!r}')
