@@ -50,7 +50,8 @@ from benchmarks.embedding_lookup import TINY, Sizes
 WORLD_SIZE = 2
 NUM_BATCHES = 4
 LIMIT_S = 20.0  # for each sharding type
-SHARDINGS = ("table-wise", "column-wise", "row-wise", "table-row-wise", "data-parallel")
+COPIES_FUSED = "data-parallel, SGD in backward"
+SHARDINGS = ("table-wise", "column-wise", "row-wise", "table-row-wise", "data-parallel", COPIES_FUSED)
 
 
 def generators(sharding: str, plans: Any, tables: Sequence[str]) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def generators(sharding: str, plans: Any, tables: Sequence[str]) -> dict[str, An
         "row-wise": lambda i: plans.row_wise(),
         "table-row-wise": lambda i: plans.table_row_wise(host_index=0),
         "data-parallel": lambda i: plans.data_parallel(),
+        COPIES_FUSED: lambda i: plans.data_parallel(),
     }
     return {table: make[sharding](index) for index, table in enumerate(tables)}
 
@@ -84,7 +86,7 @@ def make_step(library: SimpleNamespace, sharding: str, sizes: Sizes, layers: Lay
             device_type="cpu",
         )
         for table in made.values():
-            table.compute_kernel = "fused" if fused else "dense"
+            table.compute_kernel = "dense" if "data-parallel" in sharding else "fused"
         return made
 
     batches = [library_batch(library, sizes, each) for each in make_examples(sizes, rank)]
