@@ -88,7 +88,7 @@ class ShardedEmbeddingBagCollection(nn.Module):
         self._shards, self._lookup, self._exchange = shards, shards.lookup, shards.exchange
         layout = shards.layout
         self._assembly = PooledAssembly(layout, shards.tables.local_columns, self._codecs)
-        self._hosts = HostSums(layout, shards.exchange.rank) if any(layout.width_H) else None
+        self._hosts = HostSums(layout, shards.exchange.rank, self._codecs) if any(layout.width_H) else None
         kernels = shards.lookup.rank_kernels
         # A rank without lanes still answers: one block of no columns.
         self._everywhere = [kernel.everywhere for kernel in kernels] or [False]

@@ -107,6 +107,7 @@ TYPES: Mapping[str, Callable[[int, int, int], Callable]] = {
     "row_wise": lambda i, w, h: plans.row_wise(),
     "column_wise": lambda i, w, h: plans.column_wise(),
     "table_row_wise": lambda i, w, h: plans.table_row_wise(host_index=i % (w // h)),
+    "last_host": lambda i, w, h: plans.table_row_wise(host_index=w // h - 1),  # the other hosts own nothing
     "table_column_wise": lambda i, w, h: plans.table_column_wise(host_index=(i + 1) % (w // h)),
     "grid": lambda i, w, h: plans.grid_shard(host_indexes=list(range(w // h))[:: 1 if i % 2 else -1]),
     "data_parallel": lambda i, w, h: plans.data_parallel(),
