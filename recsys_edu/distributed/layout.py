@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from recsys_edu.distributed.sharding.tiling import Shard, row_cuts
+from recsys_edu.kernels.quantized import QuantizedSpec
 from recsys_edu.kernels.spec import KernelSpec, OptimizerSpec, TableSpec
 from recsys_edu.types import DataType
 
@@ -95,12 +96,14 @@ class Layout:
         world_size: W, number of ranks.
         pooled: one row per bag (embedding bags) or one row per id (sequences).
         local_size: ranks per host; 0 when all are on one.
+        quantized: the tables are rows of codes that serve, looked up by one kernel per rank whatever their types.
     """
 
     tables: tuple[ShardedTable, ...]
     world_size: int
     pooled: bool
     local_size: int = 0
+    quantized: bool = False
 
     @property
     def num_hosts(self) -> int:
@@ -189,19 +192,24 @@ class Layout:
 
     def _kernel_key(self, lane: Lane) -> tuple[object, ...]:
         table = lane.output.table
-        return (table.data_type, table.optimizer, table.everywhere, None if self.pooled else lane.width)
+        data_type = None if self.quantized else table.data_type
+        return (data_type, table.optimizer, table.everywhere, None if self.pooled else lane.width)
 
     def _rank_kernel(self, lanes: list[Lane]) -> RankKernel:
         shards = list(dict.fromkeys(lane.shard for lane in lanes))
-        spec = KernelSpec(
-            tables=tuple(TableSpec(shard.table, len(shard.rows), len(shard.columns)) for shard in shards),
-            lane_tables=tuple(shards.index(lane.shard) for lane in lanes),
-            pooled=self.pooled,
-            data_type=lanes[0].output.table.data_type,
-            optimizer=lanes[0].output.table.optimizer,
-            validate_ids=False,  # checked once, before routing, where the error can still name the batch's rank
-            lane_features=tuple(lane.output.feature for lane in lanes),
-        )
+        common = {
+            "tables": tuple(TableSpec(shard.table, len(shard.rows), len(shard.columns)) for shard in shards),
+            "lane_tables": tuple(shards.index(lane.shard) for lane in lanes),
+            "pooled": self.pooled,
+            "validate_ids": False,  # checked once, before routing, where the error can still name the batch's rank
+            "lane_features": tuple(lane.output.feature for lane in lanes),
+        }
+        if self.quantized:
+            type_of = {lane.shard: lane.output.table.data_type for lane in lanes}
+            spec = QuantizedSpec(data_types=tuple(type_of[shard] for shard in shards), **common)
+        else:
+            table = lanes[0].output.table
+            spec = KernelSpec(data_type=table.data_type, optimizer=table.optimizer, **common)
         return RankKernel(spec, tuple(shards), tuple(lanes))
 
 
@@ -209,7 +217,7 @@ class Layout:
 class RankKernel:
     """One table-batched kernel of a rank: what it computes, which shards it holds, which lanes it serves."""
 
-    spec: KernelSpec
+    spec: KernelSpec | QuantizedSpec
     shards: tuple[Shard, ...]
     lanes: tuple[Lane, ...]
 

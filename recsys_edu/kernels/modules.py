@@ -18,10 +18,13 @@ from recsys_edu.kernels import lookup, reference
 from recsys_edu.kernels.checks import check_ids
 from recsys_edu.kernels.fbgemm import FbgemmFusedTables, why_not_fused, why_not_lookup
 from recsys_edu.kernels.optimizers import ROW_OPTIMIZERS, new_state, update_rows
+from recsys_edu.kernels.quantized import QuantizedKernel, QuantizedSpec
 from recsys_edu.kernels.spec import Kernel, KernelSpec, weight_dtype
 
 
-def make_kernel(spec: KernelSpec, device: torch.device | str = "cpu", backend: str | None = None) -> Kernel:
+def make_kernel(
+    spec: KernelSpec | QuantizedSpec, device: torch.device | str = "cpu", backend: str | None = None
+) -> Kernel | QuantizedKernel:
     """Build the kernel that a spec describes, with zeroed weights.
 
     Args:
@@ -36,6 +39,8 @@ def make_kernel(spec: KernelSpec, device: torch.device | str = "cpu", backend: s
     >>> kernel(torch.tensor([3, 5]), torch.tensor([0, 2])).shape
     torch.Size([1, 8])
     """
+    if isinstance(spec, QuantizedSpec):
+        return QuantizedKernel(spec, device, backend)
     device = torch.device(device)
     if backend not in (None, *lookup.BACKENDS):
         raise ValueError(f"backend {backend!r}: expected None or one of {', '.join(lookup.BACKENDS)}")

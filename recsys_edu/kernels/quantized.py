@@ -104,8 +104,6 @@ def why_not_fbgemm(spec: QuantizedSpec, device: torch.device) -> str | None:
     odd = [table for table in spec.tables if table.dim % DIM_MULTIPLE]
     if odd:
         return f"FBGEMM needs dims that are multiples of {DIM_MULTIPLE}, table {odd[0].name!r} has {odd[0].dim}"
-    if not spec.pooled and DataType.NFP8 in spec.data_types:
-        return "FBGEMM's NFP8 sequence lookup goes wrong after an id of -1"
     if device.type == "cpu" and spec.output_dtype == torch.bfloat16:
         return "FBGEMM's CPU kernels do not round to the nearest bfloat16"
     return None
@@ -114,6 +112,7 @@ def why_not_fbgemm(spec: QuantizedSpec, device: torch.device) -> str | None:
 class QuantizedKernel(nn.Module):
     """Quantised tables in one buffer, and their lookup.
 
+    >>> from recsys_edu.kernels.quantized_rows import quantize_rows
     >>> spec = QuantizedSpec((TableSpec("film", 2, 4),), (DataType.INT8,), (0,), pooled=True)
     >>> kernel = QuantizedKernel(spec)
     >>> kernel.assign(0, quantize_rows(torch.tensor([[0.0, 1.0, 2.0, 255.0], [1.0, 1.0, 1.0, 1.0]]), DataType.INT8))
@@ -167,25 +166,18 @@ class QuantizedKernel(nn.Module):
         self._constants = {name: value.to(device) for name, value in constants.items()}
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        before, old_formats = self.table_rows(), self.formats
-        moved = function(self.rows)
-        if moved.dtype != torch.uint8:  # .half() and the like are for the dense part of a model
-            moved = self.rows.to(moved.device)
-        device = moved.device
+        before, was_meta = self.table_rows(), self.rows.is_meta
+        device = function(self.rows).device  # .half() and the like are for the dense part of a model: codes stay bytes
         if device == self.rows.device:
-            return self
-        if device.type == "meta" or self.rows.is_meta:
-            self._place(device)
-            self.rows = torch.zeros(self._starts[-1], dtype=torch.uint8, device=device)
             return self
         self._place(device)
         self.rows = torch.zeros(self._starts[-1], dtype=torch.uint8, device=device)
         reason = why_not_fbgemm(self.spec, device)
-        if self.backend == "fbgemm" and reason:
+        if self.backend == "fbgemm" and reason and device.type != "meta":
             self.backend, self.backend_reason = "pytorch", reason
-        del old_formats
-        for table, rows in enumerate(before):
-            self.assign(table, rows.to(device))
+        if not was_meta and device.type != "meta":
+            for table, rows in enumerate(before):
+                self.assign(table, rows.to(device))
         return self
 
     def table_rows(self) -> list[Tensor]:
@@ -194,6 +186,10 @@ class QuantizedKernel(nn.Module):
             self.rows[start : start + table.num_rows * form.num_bytes].view(table.num_rows, form.num_bytes)
             for start, table, form in zip(self._starts, self.spec.tables, self.formats)
         ]
+
+    def rows_of(self, table: int) -> Tensor:
+        """The live rows of one table, [R, P] uint8."""
+        return self.table_rows()[table]
 
     def assign(self, table: int, rows_RP: Tensor) -> None:
         """Fill one table with rows of any padding.
@@ -205,7 +201,7 @@ class QuantizedKernel(nn.Module):
         if rows_RP.shape[0] != spec.num_rows:
             raise ValueError(f"table {spec.name!r} has {spec.num_rows} rows, got {rows_RP.shape[0]}")
         try:
-            self.table_rows()[table].copy_(realign(rows_RP, form))
+            self.rows_of(table).copy_(realign(rows_RP, form))
         except ValueError as error:
             raise ValueError(f"table {spec.name!r}: {error}") from error
 
@@ -231,7 +227,10 @@ class QuantizedKernel(nn.Module):
             self._check(values_N, offsets)
         if not spec.lane_tables or (spec.pooled and batch_size == 0) or (not spec.pooled and values_N.numel() == 0):
             return torch.zeros(0, spec.output_dim, dtype=spec.output_dtype, device=values_N.device)
-        if self.backend == "fbgemm":
+        # FBGEMM's NFP8 lookup leaves out the rest of a bag, or of the batch, after an id of -1.
+        # host sync: only where there are NFP8 tables
+        needs_care = DataType.NFP8 in spec.data_types and bool((values_N < 0).any())
+        if self.backend == "fbgemm" and not needs_care:
             return self._fbgemm(values_N, offsets, per_sample_weights_N)
         return quantized_lookup(self.table_rows(), spec, values_N, offsets, per_sample_weights_N)
 

@@ -76,28 +76,31 @@ def keep_largest_rows(weight_RD: Tensor, num_kept: int) -> Remapping:
 
 
 class ArrayRemap:
-    """Remaps ids by one array per lane: four bytes per original row, one read per id."""
+    """Remaps ids by one array per lane: four bytes per original row, one read per id.
 
-    def __init__(self, lanes: Sequence[Remapping | None], device: torch.device) -> None:
-        arrays = [torch.empty(0, dtype=torch.int32) if lane is None else lane.array() for lane in lanes]
-        self.arrays = [array.to(device) for array in arrays]
-        self.all_arrays = torch.cat(self.arrays) if arrays else torch.empty(0, dtype=torch.int32, device=device)
-        self.starts = torch.tensor([0, *[array.numel() for array in arrays]], device=device).cumsum(0)
+    Args:
+        arrays: for each lane the new number of every original row, as `Remapping.array`; None leaves its ids alone.
+    """
+
+    def __init__(self, arrays: Sequence[Tensor | None], device: torch.device) -> None:
+        nothing = torch.empty(0, dtype=torch.int32)
+        self.arrays = [(nothing if array is None else array).to(device) for array in arrays]
+        self.all_arrays = torch.cat(self.arrays) if arrays else nothing.to(device)
+        self.starts = torch.tensor([0, *[array.numel() for array in self.arrays]], device=device).cumsum(0)
 
     def __call__(self, values_N: Tensor, offsets: Tensor) -> Tensor:
         """New row numbers of ids, lane after lane, -1 for dropped ones. A lane without remapping keeps its ids."""
-        if use_fbgemm(values_N.device) and values_N.numel():
-            starts = self.starts  # an empty array means: leave this lane's ids alone
+        if use_fbgemm(values_N.device) and values_N.numel():  # an empty array leaves a lane's ids alone, here too
             return torch.ops.fbgemm.pruned_array_lookup(
-                values_N, offsets.to(values_N.dtype), self.all_arrays.to(values_N.dtype), starts
+                values_N, offsets.to(values_N.dtype), self.all_arrays.to(values_N.dtype), self.starts
             )
         return self.reference(values_N, offsets)
 
     def reference(self, values_N: Tensor, offsets: Tensor) -> Tensor:
         """The same with one index operation per lane."""
-        return _lane_by_lane(values_N, offsets, len(self.arrays), self._remap_lane)
+        return _lane_by_lane(values_N, offsets, len(self.arrays), self.remap_lane)
 
-    def _remap_lane(self, lane: int, ids: Tensor) -> Tensor:
+    def remap_lane(self, lane: int, ids: Tensor) -> Tensor:
         return self.arrays[lane][ids.long()].to(ids.dtype) if self.arrays[lane].numel() else ids
 
 
@@ -115,9 +118,9 @@ class HashRemap:
 
     def reference(self, values_N: Tensor, offsets: Tensor) -> Tensor:
         """The same by binary search."""
-        return _lane_by_lane(values_N, offsets, len(self.kept), self._remap_lane)
+        return _lane_by_lane(values_N, offsets, len(self.kept), self.remap_lane)
 
-    def _remap_lane(self, lane: int, ids: Tensor) -> Tensor:
+    def remap_lane(self, lane: int, ids: Tensor) -> Tensor:
         kept_K = self.kept[lane]
         if kept_K is None or ids.numel() == 0:
             return ids
