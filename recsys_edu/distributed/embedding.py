@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from recsys_edu.distributed import torchrec_phases
 from recsys_edu.distributed.embedding_types import BaseEmbeddingSharder
 from recsys_edu.distributed.exchange import Exchange, GroupExchange
 from recsys_edu.distributed.flight import Flight
@@ -141,6 +142,11 @@ class ShardedEmbeddingCollection(nn.Module):
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """The configs of the unsharded collection."""
         return self._shards.configs
+
+    # the phases again, under TorchRec's names
+    create_context, input_dist = torchrec_phases.create_context, torchrec_phases.input_dist
+    compute, output_dist = torchrec_phases.compute, torchrec_phases.output_dist
+    compute_and_output_dist = torchrec_phases.compute_and_output_dist
 
 
 ShardedModule.register(ShardedEmbeddingCollection)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recsys_edu.distributed import torchrec_phases
 from recsys_edu.distributed.embedding_types import BaseEmbeddingSharder
 from recsys_edu.distributed.exchange import Exchange, GroupExchange
 from recsys_edu.distributed.flight import Flight
@@ -180,6 +181,11 @@ class ShardedEmbeddingBagCollection(nn.Module):
 
     def is_weighted(self) -> bool:
         return self._lookup.weighted
+
+    # the phases again, under TorchRec's names
+    create_context, input_dist = torchrec_phases.create_context, torchrec_phases.input_dist
+    compute, output_dist = torchrec_phases.compute, torchrec_phases.output_dist
+    compute_and_output_dist = torchrec_phases.compute_and_output_dist
 
 
 def _side_by_side(blocks: list[Tensor]) -> Tensor:
