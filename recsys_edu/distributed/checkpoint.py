@@ -201,8 +201,12 @@ class _Reader(dcp.FileSystemReader):
     """torch's reader, whose metadata file is a pickle; here it may only contain what torch writes into it."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+        path = Path(self.path) / ".metadata"
+        try:
+            with open(path, "rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(f"{path} is not what torch writes there, and was not read: {error}") from None
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

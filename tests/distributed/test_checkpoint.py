@@ -295,7 +295,7 @@ def test_foreign_classes_in_metadata_are_not_loaded(saved: Path, tmp_path: Path,
     (saved / FACTS_FILE).write_text(json.dumps(facts))
     module = sharded("row_wise", "adagrad", seed=1)
     before = snapshot([module])
-    with pytest.raises((CheckpointError, pickle.UnpicklingError), match="no business"):
+    with pytest.raises(CheckpointError, match="no business"):
         load_checkpoint(saved, module, module.fused_optimizer)
     assert not (tmp_path / "made_by_a_pickle").exists()
     assert_same_bits(snapshot([module]), before)
