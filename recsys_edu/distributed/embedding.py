@@ -33,7 +33,8 @@ from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 class ShardedEmbeddingCollection(nn.Module):
     """An EmbeddingCollection whose tables are cut into shards over ranks; answers equal the unsharded one's.
 
-    Args and errors: as ShardedEmbeddingBagCollection. `use_index_dedup` is accepted and changes nothing: every id travels.
+    Args and errors: as ShardedEmbeddingBagCollection. `use_index_dedup` is accepted and changes nothing: every id
+    travels.
     """
 
     def __init__(
