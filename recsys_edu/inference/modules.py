@@ -14,7 +14,6 @@ import abc
 import copy
 import json
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -330,34 +329,46 @@ def shard_quant_model(
 
 
 def quantize_dense(
-    model: nn.Module, dtype: torch.dtype, calibration: Callable[[nn.Module], None] | None = None
+    predict_module: nn.Module,
+    dtype: torch.dtype,
+    additional_embedding_module_type: list[type[nn.Module]] = [],  # noqa: B006  (TorchRec's default; only read)
 ) -> nn.Module:
-    """The dense part of a model in fewer bits, in place, with torch's own means; quantised tables stay as they are.
+    """The dense part of a model in fewer bits, in place, by torch's own means; quantised tables keep their codes.
+
+    Give the tables the same `output_dtype`, and `quantize_feature` as a forward pre-hook where inputs are float32.
 
     Args:
         dtype: bfloat16 or float16: every parameter and buffer outside of the tables. int8: weights of nn.Linear in
-            int8 per output channel (torchao's weight-only quantisation), inputs and sums in float32.
-        calibration: none of these needs any.
+            int8 with a scale per output channel, inputs and sums in float32 (torchao's weight-only quantisation).
+        additional_embedding_module_type: further modules to leave as they are.
 
     Raises:
         ValueError: another dtype.
         ImportError: int8 without torchao.
+
+    Counterpart: torchrec.inference.modules.quantize_dense.
     """
-    del calibration
-    if dtype in (torch.bfloat16, torch.float16):
-        return model.to(dtype)  # codes are bytes, and stay bytes
-    if dtype != torch.int8:
+    if dtype not in (torch.bfloat16, torch.float16, torch.int8):
         raise ValueError(f"the dense part is served in bfloat16, float16 or int8, got {dtype}")
-    return _int8_linears(model)
+    kept = (*SERVED_COLLECTIONS, *additional_embedding_module_type)
+    for child in predict_module.children():
+        if not isinstance(child, kept):
+            quantize_dense(child, dtype, additional_embedding_module_type)
+    if dtype == torch.int8:
+        return _int8_linear(predict_module) if isinstance(predict_module, nn.Linear) else predict_module
+    for own in (*predict_module.parameters(recurse=False), *predict_module.buffers(recurse=False)):
+        if own.is_floating_point():
+            own.data = own.data.to(dtype)
+    return predict_module
 
 
-def _int8_linears(model: nn.Module) -> nn.Module:
+def _int8_linear(linear: nn.Linear) -> nn.Module:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ImportError("int8 for the dense part is torchao's: pip install torchao") from error
-    quantize_(model, Int8WeightOnlyConfig())
-    return model
+    quantize_(linear, Int8WeightOnlyConfig())
+    return linear
 
 
 def set_pruning_data(

@@ -74,6 +74,7 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is cached while a model serves has to do for one that trains, too
 def layout(shapes: tuple[tuple[int, int], ...], lane_tables: tuple[int, ...], device: torch.device) -> Layout:
     """Derive the layout of tables laid end to end. Cached: it depends on nothing but its arguments."""
     elements = list(itertools.accumulate((rows * dim for rows, dim in shapes), initial=0))
