@@ -21,10 +21,10 @@ def main() -> None:
     steps_begun = 0
     start = GroupExchange.start
 
-    def start_or_die(self, send, send_W, receive_W, label):
+    def start_or_die(self, send, send_W, receive_W, label, *more):
         nonlocal steps_begun
         steps_begun += label == FIRST_EXCHANGE
-        transfer = start(self, send, send_W, receive_W, label)
+        transfer = start(self, send, send_W, receive_W, label, *more)
         if mortal and steps_begun == int(kill_step) and label != FIRST_EXCHANGE:
             Path(clock_file).write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)

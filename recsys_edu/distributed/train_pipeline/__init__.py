@@ -1,4 +1,4 @@
-"""Pipelines that overlap copying, exchanging ids, and computing. Read train_pipelines.py, then input_flights.py.
+"""Pipelines that overlap copying, exchanging ids, and computing: base.py, train_pipelines.py, then input_flights.py.
 
 Counterpart: torchrec.distributed.train_pipeline.
 """
@@ -11,8 +11,10 @@ from recsys_edu.distributed.train_pipeline.train_pipelines import (
     EvalPipelineSparseDist,
     PrefetchTrainPipelineSparseDist,
     StagedTrainPipeline,
+    TorchCompileConfig,
     TrainPipeline,
     TrainPipelineBase,
+    TrainPipelinePT2,
     TrainPipelineSparseDist,
 )
 from recsys_edu.distributed.train_pipeline.utils import DataLoadingThread, get_h2d_func
@@ -26,9 +28,11 @@ __all__ = [
     "PrefetchTrainPipelineSparseDist",
     "StageOut",
     "StagedTrainPipeline",
+    "TorchCompileConfig",
     "TrainPipeline",
     "TrainPipelineBase",
     "TrainPipelineContext",
+    "TrainPipelinePT2",
     "TrainPipelineSparseDist",
     "get_h2d_func",
 ]

@@ -210,6 +210,42 @@ def test_interrupt_while_loading_loses_nothing() -> None:
     assert_same(weights_of(model), weights_of(plain))
 
 
+def interrupted(rank: int, world_size: int, group, where: str) -> dict[str, torch.Tensor]:
+    """Ctrl-C on all ranks, as a notebook's interrupt is: while loading, or in the middle of a step."""
+    model, optimizer = make_model("dlrm", world_size)
+    calls = []
+
+    def forward(batch: Any) -> Any:
+        calls.append(batch)
+        if where == "model" and len(calls) == 3:
+            raise KeyboardInterrupt
+        return model(batch)
+
+    def load() -> Iterator[Any]:
+        for index, batch in enumerate(make_batches(rank, 8)):
+            if where == "loader" and index == 4:
+                raise KeyboardInterrupt
+            yield batch
+
+    pipeline = TrainPipelineSparseDist(model, optimizer, CPU, custom_model_fwd=forward)
+    loader = DataLoadingThread(CPU, load(), to_device_non_blocking=True)
+    with loader, pytest.raises(KeyboardInterrupt):
+        run_to_end(pipeline, loader)
+    assert not loader.is_alive()
+    with pytest.raises(RuntimeError, match="closed by an error: KeyboardInterrupt"):
+        pipeline.progress(iter([]))
+    pipeline.reset()
+    assert run_to_end(pipeline, iter(make_batches(rank, 3))) == 3
+    return weights_of(model)
+
+
+@pytest.mark.parametrize("where", ["loader", "model"])
+def test_an_interrupt_leaves_no_thread_and_reset_opens_the_pipeline(ranks, where: str) -> None:
+    first, second = ranks.run(interrupted, 2, where)
+    copied = [name for name in first if "over_arch" in name]
+    assert copied and all(torch.equal(first[name], second[name]) for name in copied)
+
+
 @pytest.mark.parametrize("kind", [TrainPipelineBase, TrainPipelineSparseDist, EvalPipelineSparseDist])
 def test_alone_a_failing_loader_costs_one_batch(kind) -> None:
     model, optimizer = make_model("dlrm", 1)
