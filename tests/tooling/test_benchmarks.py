@@ -15,7 +15,16 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import common  # noqa: E402
 
-NAMES = ("embedding_lookup", "dlrm_step", "dlrm_ranks", "import_time", "pipeline", "planner", "step_simulator")
+NAMES = (
+    "embedding_lookup",
+    "dlrm_step",
+    "dlrm_ranks",
+    "import_time",
+    "pipeline",
+    "planner",
+    "quantized_lookup",
+    "step_simulator",
+)
 
 
 def run_tiny(name: str, folder: Path, **environment: str) -> dict:
