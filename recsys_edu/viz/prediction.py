@@ -88,11 +88,11 @@ def scaling_figure(weak: Sequence[ScalingPoint], strong: Sequence[ScalingPoint],
     missing = [p.world_size for p in weak if p.step_ms is None]
     note = f"; nothing fits on {', '.join(map(str, missing))} ranks" if missing else ""
     title = f"Scaling{f' of {name}' if name else ''}<br>predicted, planned anew for every number of ranks{note}"
-    styled(figure, title, height=460)
+    styled(figure, title, height=500)
     figure.update_xaxes(type="log", dtick=0.30103, tickformat="d", title_text="ranks", tickangle=-60)
-    figure.update_yaxes(type="log", row=1, col=1, title_text="ms per step", dtick=1)
-    figure.update_yaxes(type="log", row=1, col=2, title_text="examples per second", dtick=1, exponentformat="SI")
-    figure.update_layout(legend={"orientation": "h", "y": -0.3}, margin={"t": 100, "b": 120})
+    figure.update_yaxes(type="log", row=1, col=1, title_text="ms per step", dtick="D2")
+    figure.update_yaxes(type="log", row=1, col=2, title_text="examples per second", dtick="D2", exponentformat="SI")
+    figure.update_layout(legend={"orientation": "h", "y": -0.42}, margin={"t": 110, "b": 150})
     return figure
 
 

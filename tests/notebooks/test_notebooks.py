@@ -83,6 +83,23 @@ EXPECTED = {
         "row-wise over grid, bytes between hosts": (2.5, 2.9),
         "bytes between hosts, grid on real ranks": (450, 520),
     },
+    "15_the_planner": {
+        "work on all ranks, row-wise over table-wise": (3.9, 4.1),
+        "planner over greedy by hand": (0.8, 1.0),
+        "gap to the bound": (0.0, 0.05),
+        "cost of the demands": (1.0, 2.0),
+        "ms of a step's lookups here": POSITIVE,
+        "numbers held on both ranks over numbers in the tables": (1.0, 1.0),
+    },
+    "16_a_trillion_parameters": {
+        "1.25T: gap to the bound": (0.0, 0.15),
+        "1.25T: seconds of planning": POSITIVE,
+        "3T: ranks of 80 GiB that suffice": (168, 192),
+        "3T: gap to the bound": (0.0, 0.5),
+        "bytes on all ranks over bytes of the model": (0.5, 1.5),
+        "1.25T: share of a step that is computing": (0.03, 0.2),
+        "DLRM, weak: throughput of 4,096 ranks over 8": (5.0, 512.0),
+    },
     "17_the_pipelined_trainer": {
         "simulated speed-up": (1.67, 1.68),
         "simulated share hidden": (0.8, 0.81),

@@ -12,6 +12,14 @@ Read in this order:
     report      the plan, and why it is as it is
     remedy      nothing fits: what would help
 
+and then, from a finished plan:
+
+    one_rank        what one rank of many holds, without the others
+    loads           what the plan asks of every rank in a step
+    kernel_costs    what a step costs besides; calibrate measures it on this machine
+    step_simulator  the time line of a step, predicted
+    scaling         the same for 8 to 4,096 ranks
+
 The other files are TorchRec's public names (planners, enumerators, shard_estimators, proposers, partitioners, ...).
 
 Counterpart: torchrec.distributed.planner

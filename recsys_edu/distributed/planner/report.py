@@ -9,7 +9,7 @@ plan.to_frame()              one row per table, for sorting and filtering
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -204,6 +204,56 @@ class PlannedSharding(ShardingPlan):
         else:
             reason = f"the busiest rank would take as long, with {over}"
         return Alternative(*grid.pairs[column], cost, work, reason)
+
+    def what_if(self, changes: Mapping[str, tuple[str, Sequence[int]]]) -> float:
+        """Milliseconds of the busiest rank, were these tables sharded otherwise and all others as they are.
+
+            plan.what_if({"user": ("row_wise", range(4)), "item": ("table_wise", [2])})
+
+        Args:
+            changes: by table name, the sharding type and one rank for each shard, column block after column block.
+
+        Raises:
+            KeyError: no such table.
+            PlannerError: an option that is impossible, a wrong number of ranks, or a rank without the memory.
+        """
+        state, problem = self.found.placement.copy(), self.found.placement.problem
+        units = {problem.grid.workload.tables[i].name: u for u, unit in enumerate(problem.units) for i in unit}
+        for name in changes:
+            if name not in units:
+                raise KeyError(f"no table {name!r} in the plan; its tables are {list(units)[:20]}")
+            state.remove(units[name])
+        for name, (sharding_type, ranks) in changes.items():
+            unit, column = units[name], self._column(name, units[name], sharding_type)
+            count = int(problem.count_UJ[unit, column])
+            if len(ranks) != count or not all(0 <= rank < problem.world_size for rank in ranks):
+                raise PlannerError(
+                    f"table {name!r}, {sharding_type}: expected {count} of the ranks 0 to {problem.world_size - 1}, "
+                    f"got {list(ranks)}",
+                    PlannerErrorType.INVALID_RANK_ASSIGNMENT,
+                )
+            state.put(unit, column, np.array(ranks, np.int64))
+        short_W = -state.free_W2.min(axis=1)
+        if (short_W > 0).any():
+            worst = int(short_W.argmax())
+            raise PlannerError(
+                f"rank {worst} would lack {show_bytes(short_W[worst])} of memory", PlannerErrorType.INSUFFICIENT_STORAGE
+            )
+        return state.cost_ms
+
+    def _column(self, name: str, unit: int, sharding_type: str) -> int:
+        """The column of the grid with this type that the unit may have."""
+        problem = self.found.placement.problem
+        grid = problem.grid
+        of_type = [j for j, (kind, _) in enumerate(grid.pairs) if kind == sharding_type]
+        possible = [j for j in of_type if problem.valid_UJ[unit, j]]
+        if possible:
+            return possible[0]
+        reasons = [grid.rejections.get((i, j), "") for i in problem.units[unit] for j in of_type]
+        raise PlannerError(
+            f"table {name!r} cannot be {sharding_type}: {next(filter(None, reasons), 'it is not among the options')}",
+            PlannerErrorType.STRICT_CONSTRAINTS,
+        )
 
     def to_frame(self) -> Any:
         """One row per table, as a polars DataFrame (pandas where polars is missing)."""

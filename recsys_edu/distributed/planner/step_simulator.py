@@ -100,19 +100,20 @@ class PredictedStep:
         """Spans of the last `steps` steps on some ranks (default: the first eight), waits of the hosts included."""
         per_step = len(self.ops) // STEPS
         first = len(self.ops) - per_step * min(steps, STEPS)
-        zero = float(min(start.min() for start in self.starts[first:]))
+        shown = zip(self.ops[first:], self.starts[first:])
+        zero = float(min(start.min() for op, start in shown if op.stream == HOST))
         spans: list[Span] = []
         for rank in ranks if ranks is not None else range(min(self.world_size, 8)):
-            free = zero
+            free: float | None = None
             for index in range(first, len(self.ops)):
                 op, start, end = self.ops[index], float(self.starts[index][rank]), float(self.ends[index][rank])
                 num_bytes = 0 if op.bytes_W is None else int(op.bytes_W[rank])
                 if op.stream == HOST:
-                    if start > free + 1e-9:
+                    if free is not None and start > free + 1e-9:
                         cause = self._last_before(index, rank)
                         spans.append(Span(rank, HOST, f"wait {cause}", free - zero, start - free))
-                    free = max(free, end)
-                if end > start:
+                    free = end
+                if end > start >= zero:  # a batch may have been copied during the step before
                     spans.append(Span(rank, op.stream, op.label, start - zero, end - start, num_bytes))
         return Timeline(tuple(sorted(spans, key=lambda span: (span.start_ms, span.rank))))
 
@@ -233,7 +234,7 @@ def _pipelined(ops: Sequence[Op]) -> list[Op]:
     Routing comes first; the ids are sent when the forward has been issued, and travel during the backward.
     """
     by_name = {op.name: op for op in ops}
-    early = [replace(by_name["copy batch"], after=()), by_name["start input"], by_name["sizes"]]
+    early = [replace(by_name["copy batch"], after=("lookup@-1",)), by_name["start input"], by_name["sizes"]]
     ids = replace(by_name["lengths and ids"], after=("sizes", "forward top"))
     rest = [op for op in ops if op not in early and op.name not in ("copy batch", "lengths and ids")]
     rest = [replace(op, after=("lengths and ids@-1",)) if op.name == "lookup" else op for op in rest]

@@ -275,3 +275,24 @@ def test_the_loop_of_proposals_is_no_better_than_the_search(parts: dict) -> None
             from recsys_edu.distributed.sharding.tiling import shards_from, validate
 
             validate(shards_from(name, sharding, rows, columns), rows, columns, 4, name)
+
+
+def test_what_if() -> None:
+    plan = plan_for(collection([(10**6, 64)] * 4), 2, 2, gib=1.4)  # 1.2 GiB for tables, each 0.24 GiB
+    assert plan.what_if({}) == plan.cost_ms
+    same = {c.table: (c.sharding_type, c.ranks) for c in plan.explain()}
+    assert plan.what_if(same) == pytest.approx(plan.cost_ms)
+    alternatives = {f"t{i}": ("table_wise", [0]) for i in range(4)}
+    problem = plan.found.placement.problem
+    each_ms = problem.ms_UJ[0, [kind for kind, _ in problem.grid.pairs].index("table_wise")]
+    assert plan.what_if(alternatives) == pytest.approx(4 * each_ms)
+    assert plan.what_if(alternatives) > plan.cost_ms
+    with pytest.raises(KeyError, match="no table 'absent'"):
+        plan.what_if({"absent": ("row_wise", [0, 1])})
+    with pytest.raises(PlannerError, match="expected 2 of the ranks 0 to 1, got \\[0\\]"):
+        plan.what_if({"t0": ("row_wise", [0])})
+    with pytest.raises(PlannerError, match="cannot be column_wise: the same as table_wise"):
+        plan.what_if({"t0": ("column_wise", [0])})
+    tight = plan_for(collection([(10**6, 64)] * 4), 2, 2, gib=0.8)
+    with pytest.raises(PlannerError, match="rank 0 would lack"):
+        tight.what_if(alternatives)

@@ -49,8 +49,7 @@ def test_the_bottom_hides_embeddings_and_the_pipeline_hides_ids() -> None:
     work = DenseWork(DensePart(flops=1e24), DensePart(flops=1e24), 0, 0, 0)  # 0.512 ms forward, 1.024 ms backward
     plan = fast_plan(4, 4)
     plain = simulate_step(plan, work, 512, EXCHANGES_ONLY)
-    # sizes 1 + ids 1 + embeddings 1 (bottom inside) + top 0.512 + top back 1.024 + bottom back 1.024 (gradients inside) +
-    # all-reduce 1
+    # sizes, ids, embeddings (bottom inside), top and its backward, bottom's backward (gradients inside), all-reduce
     assert plain.step_ms == pytest.approx(1 + 1 + 1 + 0.512 + 1.024 + 1.024 + 1)
     piped = simulate_step(plan, work, 512, EXCHANGES_ONLY, SPARSE)
     assert piped.step_ms < plain.step_ms - 0.9
