@@ -53,19 +53,24 @@ class HeuristicalStorageReservation(StorageReservation):
     """Keeps back a share of the device memory, the dense parameters times `parameter_multiplier`, and the batch's ids.
 
     The multiplier covers gradients, optimizer state and DDP's buckets; `dense_tensor_estimate` gives the bytes
-    instead. On the CPU it comes off the host memory.
+    instead. `copies_of_input` (ours) is how many batches a loop holds. On the CPU it comes off the host memory.
 
     Raises (when it reserves):
         PlannerError: a rank has less than that.
     """
 
     def __init__(
-        self, percentage: float, parameter_multiplier: float = 6.0, dense_tensor_estimate: int | None = None
+        self,
+        percentage: float,
+        parameter_multiplier: float = 6.0,
+        dense_tensor_estimate: int | None = None,
+        copies_of_input: int = _COPIES_OF_INPUT,
     ) -> None:
         _check_percentage(percentage)
         self._percentage = percentage
         self._parameter_multiplier = parameter_multiplier
         self._dense_tensor_estimate = dense_tensor_estimate
+        self._copies_of_input = copies_of_input
         self._last: Topology | None = None
 
     @property
@@ -81,9 +86,8 @@ class HeuristicalStorageReservation(StorageReservation):
         constraints: dict[str, ParameterConstraints] | None = None,
     ) -> Topology:
         dense = self._dense_tensor_estimate
-        if dense is None:
-            dense = int(dense_bytes(module, sharders) * self._parameter_multiplier)
-        inputs = _COPIES_OF_INPUT * input_bytes(module, sharders, topology, batch_size, constraints)
+        dense = int(dense_bytes(module, sharders) * self._parameter_multiplier) if dense is None else dense
+        inputs = self._copies_of_input * input_bytes(module, sharders, topology, batch_size, constraints)
         self._last = _without(topology, self._percentage, dense + inputs)
         return self._last
 
@@ -92,14 +96,11 @@ class InferenceStorageReservation(StorageReservation):
     """Keeps back a share of the device memory, the dense parameters once, and one batch's ids."""
 
     def __init__(self, percentage: float, dense_tensor_estimate: int | None = None) -> None:
-        _check_percentage(percentage)
-        self._percentage = percentage
-        self._dense_tensor_estimate = dense_tensor_estimate
-        self._last: Topology | None = None
+        self._as_in_training = HeuristicalStorageReservation(percentage, 1.0, dense_tensor_estimate, copies_of_input=1)
 
     @property
     def last_reserved_topology(self) -> Topology | None:
-        return self._last
+        return self._as_in_training.last_reserved_topology
 
     def reserve(
         self,
@@ -109,11 +110,7 @@ class InferenceStorageReservation(StorageReservation):
         sharders: list[ModuleSharder[Any]],
         constraints: dict[str, ParameterConstraints] | None = None,
     ) -> Topology:
-        dense = self._dense_tensor_estimate
-        dense = dense_bytes(module, sharders) if dense is None else dense
-        inputs = input_bytes(module, sharders, topology, batch_size, constraints)
-        self._last = _without(topology, self._percentage, dense + inputs)
-        return self._last
+        return self._as_in_training.reserve(topology, batch_size, module, sharders, constraints)
 
 
 def dense_bytes(module: nn.Module, sharders: list[ModuleSharder[Any]]) -> int:
