@@ -292,8 +292,13 @@ def get_default_sharders() -> list[ModuleSharder[Any]]:
     # Imported here: the sharded modules themselves import this file.
     from recsys_edu.distributed.embedding import EmbeddingCollectionSharder
     from recsys_edu.distributed.embeddingbag import EmbeddingBagCollectionSharder
+    from recsys_edu.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
 
-    return [EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()]
+    return [
+        EmbeddingBagCollectionSharder(),
+        FeatureProcessedEmbeddingBagCollectionSharder(),
+        EmbeddingCollectionSharder(),
+    ]
 
 
 def get_module_to_default_sharders() -> dict[type[nn.Module], ModuleSharder[Any]]:
