@@ -21,7 +21,7 @@ from recsys_edu.distributed.embedding_types import EmbeddingComputeKernel
 from recsys_edu.distributed.exchange import SimulatedWorld
 from recsys_edu.distributed.planner.report import PlannedSharding
 from recsys_edu.distributed.planner.types import PlannerError, PlannerErrorType
-from recsys_edu.distributed.planner.utils import show_bytes
+from recsys_edu.distributed.planner.utils import show_bytes, to_frame
 from recsys_edu.distributed.planner.workload import Table
 from recsys_edu.distributed.sharding.tiling import Shard
 from recsys_edu.distributed.shards import local_shards
@@ -116,13 +116,7 @@ class HeldRank:
             }
             for held in self.shards
         ]
-        try:
-            import polars
-        except ModuleNotFoundError:
-            import pandas
-
-            return pandas.DataFrame(rows)
-        return polars.DataFrame(rows)
+        return to_frame(rows)
 
     def __str__(self) -> str:
         weights = sum(shard.weight_bytes for shard in self.shards)

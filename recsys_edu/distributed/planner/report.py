@@ -21,7 +21,7 @@ from recsys_edu.distributed.planner.placement import Placement
 from recsys_edu.distributed.planner.search import Found
 from recsys_edu.distributed.planner.topology import Topology
 from recsys_edu.distributed.planner.types import PlannerError, PlannerErrorType
-from recsys_edu.distributed.planner.utils import show_bytes
+from recsys_edu.distributed.planner.utils import show_bytes, to_frame
 from recsys_edu.distributed.types import ShardingPlan
 
 
@@ -281,13 +281,7 @@ class PlannedSharding(ShardingPlan):
                         "shard_ddr_bytes": int(sizes[1]),
                     }
                 )
-        try:
-            import polars
-        except ModuleNotFoundError:
-            import pandas
-
-            return pandas.DataFrame(rows)
-        return polars.DataFrame(rows)
+        return to_frame(rows)
 
     def check_world(self, world_size: int, local_world_size: int, device_type: str) -> None:
         """Refuse to be used on another machine than the plan was made for.

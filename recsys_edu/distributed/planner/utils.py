@@ -26,6 +26,7 @@ __all__ = [
     "reset_shard_rank",
     "sharder_name",
     "show_bytes",
+    "to_frame",
 ]
 
 
@@ -61,6 +62,17 @@ def show_bytes(num_bytes: float) -> str:
                 f"{num_bytes / size:.3g} {unit}" if abs(num_bytes) < 1000 * size else f"{num_bytes / size:,.0f} {unit}"
             )
     return f"{num_bytes:.0f} bytes"
+
+
+def to_frame(rows: list[dict[str, Any]]) -> Any:
+    """Rows as a polars DataFrame, or pandas where polars is missing."""
+    try:
+        import polars
+    except ModuleNotFoundError:
+        import pandas
+
+        return pandas.DataFrame(rows)
+    return polars.DataFrame(rows)
 
 
 def prod(iterable: Iterable[int]) -> int:
