@@ -114,6 +114,16 @@ EXPECTED = {
         "last loss over first": (0.0, 0.7),
         "largest difference of losses, resumed on two": (0.0, 1e-4),
     },
+    "20_quantisation": {
+        "relative error, one grid over a grid per row": (50.0, 500.0),
+        "lookup, float32 time over int8 time": POSITIVE,
+        "AUC, float32": (0.785, 0.82),
+        "AUC lost, FP16": (-0.0002, 0.0002),
+        "AUC lost, INT8": (-0.0005, 0.0005),
+        "AUC lost, INT4": (-0.005, 0.005),
+        "AUC lost with half of the films' rows": (-0.01, 0.02),
+        "largest difference, two devices and one": (0.0, 1e-5),
+    },
 }
 
 
