@@ -1,5 +1,6 @@
 """Quantised collections: the same KeyedJaggedTensor in, the same vectors out, from tables of a quarter of the bytes.
 
+>>> from recsys_edu.modules.embedding_configs import EmbeddingBagConfig, QuantConfig
 >>> ebc = FloatEmbeddingBagCollection(tables=[EmbeddingBagConfig(1682, 64, "film", feature_names=["film"])])
 >>> ebc.qconfig = QuantConfig(activation=Precision.of(torch.float32), weight=Precision.of(torch.int8))
 >>> quantised = EmbeddingBagCollection.from_float(ebc)

@@ -22,6 +22,7 @@ NAMES = (
     "import_time",
     "pipeline",
     "planner",
+    "quantization_quality",
     "quantized_lookup",
     "step_simulator",
 )
