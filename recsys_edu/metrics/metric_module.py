@@ -26,7 +26,9 @@ from recsys_edu.metrics.auprc import AUPRCMetric
 from recsys_edu.metrics.average import AverageMetric
 from recsys_edu.metrics.cali_free_ne import CaliFreeNEMetric
 from recsys_edu.metrics.calibration import CalibrationMetric
+from recsys_edu.metrics.calibration_with_recalibration import RecalibratedCalibrationMetric
 from recsys_edu.metrics.ctr import CTRMetric
+from recsys_edu.metrics.hindsight_target_pr import HindsightTargetPRMetric
 from recsys_edu.metrics.mae import MAEMetric
 from recsys_edu.metrics.metrics_config import (
     BatchSizeStage,
@@ -39,19 +41,34 @@ from recsys_edu.metrics.metrics_config import (
 from recsys_edu.metrics.metrics_namespace import MetricNamespace, compose_customized_metric_key
 from recsys_edu.metrics.model_utils import parse_task_model_outputs
 from recsys_edu.metrics.mse import MSEMetric
+from recsys_edu.metrics.multi_label_precision import MultiLabelPrecisionMetric
+from recsys_edu.metrics.multiclass_recall import MulticlassRecallMetric
 from recsys_edu.metrics.ndcg import NDCGMetric
 from recsys_edu.metrics.ne import NEMetric
 from recsys_edu.metrics.ne_positive import NEPositiveMetric
+from recsys_edu.metrics.ne_with_recalibration import RecalibratedNEMetric
 from recsys_edu.metrics.nmse import NMSEMetric
+from recsys_edu.metrics.num_missing_labels import NumMissingLabelsMetric
 from recsys_edu.metrics.num_positive_samples import NumPositiveSamplesMetric
+from recsys_edu.metrics.output import OutputMetric
 from recsys_edu.metrics.precision import PrecisionMetric
+from recsys_edu.metrics.precision_session import PrecisionSessionMetric
+from recsys_edu.metrics.rauc import RAUCMetric
 from recsys_edu.metrics.rec_metric import RecMetric, RecMetricException, RecMetricList
 from recsys_edu.metrics.recall import RecallMetric
+from recsys_edu.metrics.recall_session import RecallSessionMetric
+from recsys_edu.metrics.scalar import ScalarMetric
+from recsys_edu.metrics.segmented_ne import SegmentedNEMetric
+from recsys_edu.metrics.serving_calibration import ServingCalibrationMetric
+from recsys_edu.metrics.serving_ne import ServingNEMetric
 from recsys_edu.metrics.sum_weights import SumWeightsMetric
+from recsys_edu.metrics.tensor_weighted_avg import TensorWeightedAvgMetric
 from recsys_edu.metrics.throughput import ThroughputMetric
+from recsys_edu.metrics.tower_qps import TowerQPSMetric
 from recsys_edu.metrics.unweighted_ne import UnweightedNEMetric
 from recsys_edu.metrics.weighted_avg import WeightedAvgMetric
 from recsys_edu.metrics.weighted_sum_predictions import WeightedSumPredictionsMetric
+from recsys_edu.metrics.xauc import XAUCMetric
 
 REC_METRICS_MAPPING: dict[RecMetricEnum, type[RecMetric]] = {
     RecMetricEnum.NE: NEMetric,
@@ -73,6 +90,23 @@ REC_METRICS_MAPPING: dict[RecMetricEnum, type[RecMetric]] = {
     RecMetricEnum.WEIGHTED_AVG: WeightedAvgMetric,
     RecMetricEnum.NUM_POSITIVE_SAMPLES: NumPositiveSamplesMetric,
     RecMetricEnum.SUM_WEIGHTS: SumWeightsMetric,
+    RecMetricEnum.RECALIBRATED_CALIBRATION: RecalibratedCalibrationMetric,
+    RecMetricEnum.RECALIBRATED_NE: RecalibratedNEMetric,
+    RecMetricEnum.HINDSIGHT_TARGET_PR: HindsightTargetPRMetric,
+    RecMetricEnum.MULTI_LABEL_PRECISION: MultiLabelPrecisionMetric,
+    RecMetricEnum.MULTICLASS_RECALL: MulticlassRecallMetric,
+    RecMetricEnum.NUM_MISSING_LABELS: NumMissingLabelsMetric,
+    RecMetricEnum.OUTPUT: OutputMetric,
+    RecMetricEnum.PRECISION_SESSION_LEVEL: PrecisionSessionMetric,
+    RecMetricEnum.RAUC: RAUCMetric,
+    RecMetricEnum.RECALL_SESSION_LEVEL: RecallSessionMetric,
+    RecMetricEnum.SCALAR: ScalarMetric,
+    RecMetricEnum.SEGMENTED_NE: SegmentedNEMetric,
+    RecMetricEnum.SERVING_CALIBRATION: ServingCalibrationMetric,
+    RecMetricEnum.SERVING_NE: ServingNEMetric,
+    RecMetricEnum.TENSOR_WEIGHTED_AVG: TensorWeightedAvgMetric,
+    RecMetricEnum.TOWER_QPS: TowerQPSMetric,
+    RecMetricEnum.XAUC: XAUCMetric,
     RecMetricEnum.WEIGHTED_SUM_PREDICTIONS: WeightedSumPredictionsMetric,
 }
 

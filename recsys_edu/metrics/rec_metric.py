@@ -23,7 +23,7 @@ from __future__ import annotations
 import abc
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -158,19 +158,29 @@ class SumMetricComputation(RecMetricComputation):
     """A metric that is a function of sums. Subclasses say which sums, how a batch adds to them, and the function.
 
     Every state is a buffer ``[T]`` float64 under its own name, saved in the state dict, plus a ``window_...`` one that
-    is not saved: after a restart the window fills anew.
+    is not saved: after a restart the window fills anew. ``state_names`` and, for states that hold several numbers per
+    task (``[T, width]``), ``widths`` may also be given to the constructor, where they depend on arguments.
     """
 
     state_names: ClassVar[tuple[str, ...]]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        state_names: tuple[str, ...] | None = None,
+        widths: Mapping[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        if state_names is not None:
+            self.state_names = state_names
         if self._should_validate_update:
             seen = torch.zeros(self._n_tasks, dtype=torch.uint8)
             self.add_state("has_valid_update", seen, dist_reduce_fx="max", persistent=True)
         self._window_buffers: dict[str, WindowBuffer] = {}
         for name in self.state_names:
-            zeros_T = torch.zeros(self._n_tasks, dtype=torch.float64)
+            shape = (self._n_tasks, widths[name]) if widths and name in widths else (self._n_tasks,)
+            zeros_T = torch.zeros(shape, dtype=torch.float64)
             self.add_state(name, zeros_T.clone(), dist_reduce_fx="sum", persistent=True)
             self.add_state(self.get_window_state_name(name), zeros_T, dist_reduce_fx="sum", persistent=False)
             self._window_buffers[name] = WindowBuffer(self._window_size, MAX_BUFFER_COUNT)
@@ -180,8 +190,8 @@ class SumMetricComputation(RecMetricComputation):
         """The sums of one batch: ``[T, B]`` float64 in, one ``[T]`` tensor per state name out."""
 
     @abc.abstractmethod
-    def values(self, sums: dict[str, Tensor]) -> dict[MetricNameBase, Tensor]:
-        """From sums ``[T]`` to values ``[T]``."""
+    def values(self, sums: dict[str, Tensor]) -> dict[MetricNameBase | tuple[MetricNameBase, str], Tensor]:
+        """From sums ``[T]`` to values ``[T]``; a key with a description is ``(name, description)``."""
 
     def update(self, *, predictions: Tensor | None, labels: Tensor, weights: Tensor | None, **kwargs: Any) -> None:
         labels_TB = labels.double()
@@ -191,26 +201,35 @@ class SumMetricComputation(RecMetricComputation):
         if self._should_validate_update:
             valid_T = (weights_TB != 0).any(dim=-1)
             self.has_valid_update |= valid_T.to(torch.uint8)
-            sums = {name: torch.where(valid_T, sum_T, torch.zeros_like(sum_T)) for name, sum_T in sums.items()}
+            sums = {
+                name: torch.where(_like(valid_T, sum_T), sum_T, torch.zeros_like(sum_T)) for name, sum_T in sums.items()
+            }
         for name in self.state_names:
             getattr(self, name).add_(sums[name])
-            self._window_buffers[name].aggregate_state(self.get_window_state(name), sums[name], labels.shape[-1])
+            self._window_buffers[name].aggregate_state(self.get_window_state(name), sums[name], labels.shape[1])
 
     def _compute(self) -> list[MetricComputationReport]:
         lifetime = self.values({name: getattr(self, name) for name in self.state_names})
         window = self.values({name: self.get_window_state(name) for name in self.state_names})
         reports = []
         for prefix, values in ((MetricPrefix.LIFETIME, lifetime), (MetricPrefix.WINDOW, window)):
-            for name, value_T in values.items():
+            for key, value_T in values.items():
+                name, description = key if type(key) is tuple else (key, None)
                 if self._should_validate_update:
-                    value_T = torch.where(self.has_valid_update.bool(), value_T, torch.zeros_like(value_T))
-                reports.append(MetricComputationReport(name, prefix, value_T))
+                    seen_T = _like(self.has_valid_update.bool(), value_T)
+                    value_T = torch.where(seen_T, value_T, torch.zeros_like(value_T))
+                reports.append(MetricComputationReport(name, prefix, value_T, description))
         return reports
 
     def reset(self) -> None:
         super().reset()
         for name in self.state_names:
             self._window_buffers[name] = WindowBuffer(self._window_size, MAX_BUFFER_COUNT)
+
+
+def _like(flag_T: Tensor, other: Tensor) -> Tensor:
+    """A flag per task, with as many dimensions as `other`."""
+    return flag_T.reshape(flag_T.shape + (1,) * (other.dim() - flag_T.dim()))
 
 
 class ExampleWindowComputation(RecMetricComputation):
@@ -282,7 +301,9 @@ class RecMetric(nn.Module, abc.ABC):
     that update. Fused mode has one computation whose tensors have a leading task dimension, and takes such tensors or
     dicts that hold every task.
 
-    Subclasses set ``_namespace`` and ``_computation_class``. Further keyword arguments go to the computation.
+    Subclasses set ``_namespace`` and ``_computation_class``; ``_needs_predictions = False`` where labels or columns are
+    enough, ``_values_per_example = True`` where an example's prediction or label is a row, ``[B, C]`` per task. Further
+    keyword arguments go to the computation.
 
     Raises ValueError for a batch larger than this rank's share of the window, RecMetricException for no tasks, for a
     task without labels or predictions, or with shapes that differ.
@@ -290,6 +311,8 @@ class RecMetric(nn.Module, abc.ABC):
 
     _namespace: MetricNamespaceBase
     _computation_class: type[RecMetricComputation]
+    _needs_predictions: ClassVar[bool] = True
+    _values_per_example: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -317,7 +340,7 @@ class RecMetric(nn.Module, abc.ABC):
             )
         self._tasks = tasks
         self._fused = compute_mode is not RecComputeMode.UNFUSED_TASKS_COMPUTATION
-        self._required_inputs: set[str] = self._needed_columns(kwargs)
+        self._required_inputs: set[str] = self._needed_columns(kwargs) | self._columns_of_tasks(tasks)
         groups = [tasks] if self._fused else [[task] for task in tasks]
         self._metrics_computations = nn.ModuleList(
             self._computation_class(
@@ -337,6 +360,11 @@ class RecMetric(nn.Module, abc.ABC):
     @staticmethod
     def _needed_columns(kwargs: dict[str, Any]) -> set[str]:
         """Columns beside label, prediction and weight; a metric overrides this when its arguments ask for some."""
+        return set()
+
+    @staticmethod
+    def _columns_of_tasks(tasks: list[RecTaskInfo]) -> set[str]:
+        """Further columns; a metric overrides this when its tasks name some."""
         return set()
 
     def _task_kwargs(self, tasks: list[RecTaskInfo], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -360,16 +388,17 @@ class RecMetric(nn.Module, abc.ABC):
             for index, task in enumerate(self._tasks):
                 inputs = [_of_task(values, task, self._tasks) for values in (predictions, labels, weights)]
                 if any(value is not None for value in inputs):
-                    rows = [None if value is None else value.reshape(1, -1) for value in inputs]
+                    rows = [None if value is None else self._as_rows(value, (1,)) for value in inputs]
                     self._update_one(index, [task], *rows, kwargs)
 
     def _update_one(self, index, tasks, predictions, labels, weights, kwargs) -> None:
         names = [task.name for task in tasks]
-        if labels is None or predictions is None:
+        if labels is None or (predictions is None and self._needs_predictions):
             raise RecMetricException(
                 f"{self._namespace} of {names} got no {'labels' if labels is None else 'predictions'}"
             )
-        shapes = {tuple(value.shape) for value in (predictions, labels, weights) if value is not None}
+        compared = 2 if self._values_per_example else None  # [T, B]; what is behind it is the computation's matter
+        shapes = {tuple(value.shape[:compared]) for value in (predictions, labels, weights) if value is not None}
         if len(shapes) > 1 or labels.shape[0] != len(tasks):
             got = {
                 k: tuple(v.shape)
@@ -380,16 +409,24 @@ class RecMetric(nn.Module, abc.ABC):
                 f"{self._namespace} of {names} wants predictions, labels and weights of shape"
                 f" [{len(tasks)}, B]; got {got}"
             )
-        if labels.shape[-1]:
+        if labels.shape[1]:
             self._metrics_computations[index].update(predictions=predictions, labels=labels, weights=weights, **kwargs)
 
     def _stack(self, what: str, values: Tensor | dict[str, Tensor] | None) -> Tensor | None:
         if not isinstance(values, dict):
-            return None if values is None else values.reshape(len(self._tasks), -1)
+            if values is None or self._values_per_example:
+                return values
+            return values.reshape(len(self._tasks), -1)
         missing = [task.name for task in self._tasks if task.name not in values]
         if missing:
             raise RecMetricException(f"fused {self._namespace} needs {what} of every task; missing {missing}")
-        return torch.stack([values[task.name].reshape(-1) for task in self._tasks])
+        return torch.stack([self._as_rows(values[task.name], ()) for task in self._tasks])
+
+    def _as_rows(self, values: Tensor, tasks: tuple[int, ...]) -> Tensor:
+        """``[*tasks, B]``, or ``[*tasks, B, C]`` where an example has several values."""
+        if not self._values_per_example:
+            return values.reshape(*tasks, -1)
+        return values.reshape(*tasks, *values.shape[-2:]) if values.dim() > 1 else values.reshape(*tasks, -1)
 
     def _keyed(self, method: str) -> dict[str, Tensor]:
         groups = [self._tasks] if self._fused else [[task] for task in self._tasks]
@@ -397,7 +434,9 @@ class RecMetric(nn.Module, abc.ABC):
         for tasks, computation in zip(groups, self._metrics_computations):
             computation.pre_compute()
             for report in getattr(computation, method)():
-                value_T = report.value.reshape(-1)  # some torchmetrics versions squeeze a single value
+                value_T = report.value
+                if value_T.dim() < 2:
+                    value_T = value_T.reshape(-1)  # some torchmetrics versions squeeze a single value
                 for task, value in zip(tasks, value_T.unbind(0) if self._fused else [value_T]):
                     prefix, description = report.metric_prefix, report.description
                     result[compose_metric_key(self._namespace, task.name, report.name, prefix, description)] = value

@@ -15,6 +15,7 @@ from recsys_edu.optim.optimizers import (
     in_backward_optimizer_filter,
 )
 from recsys_edu.optim.rowwise_adagrad import RowWiseAdagrad
+from recsys_edu.optim.semi_sync import SemisyncOptimizer
 from recsys_edu.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "PartialRowWiseLAMB",
     "RowWiseAdagrad",
     "SGD",
+    "SemisyncOptimizer",
     "WarmupOptimizer",
     "WarmupPolicy",
     "WarmupStage",

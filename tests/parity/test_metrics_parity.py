@@ -35,6 +35,17 @@ METRICS = [
     ("num_positive_samples", "NumPositiveSamplesMetric", {}),
     ("sum_weights", "SumWeightsMetric", {}),
     ("weighted_sum_predictions", "WeightedSumPredictionsMetric", {}),
+    ("calibration_with_recalibration", "RecalibratedCalibrationMetric", {"recalibration_coefficient": 0.3}),
+    ("ne_with_recalibration", "RecalibratedNEMetric", {"recalibration_coefficient": 0.3}),
+    ("serving_ne", "ServingNEMetric", {}),
+    ("serving_calibration", "ServingCalibrationMetric", {}),
+    ("num_missing_labels", "NumMissingLabelsMetric", {}),
+    ("xauc", "XAUCMetric", {}),
+    ("segmented_ne", "SegmentedNEMetric", {"num_groups": 3}),
+    ("segmented_ne", "SegmentedNEMetric", {"num_groups": 3, "include_logloss": True}),
+    ("segmented_ne", "SegmentedNEMetric", {"grouping_keys": [{"name": "session_id", "num_groups": 3}]}),
+    ("rauc", "RAUCMetric", {}),
+    ("rauc", "RAUCMetric", {"grouped_rauc": True}),
     ("auc", "AUCMetric", {}),
     ("auc", "AUCMetric", {"grouped_auc": True}),
     ("auprc", "AUPRCMetric", {}),
@@ -75,15 +86,17 @@ def compare(ours, theirs, ours_only=frozenset(), theirs_only=frozenset()) -> Non
     assert set(ours) - set(theirs) == set(ours_only)
     assert set(theirs) - set(ours) == set(theirs_only)
     for key in set(ours) & set(theirs):
-        assert ours[key].shape == theirs[key].shape, key
-        torch.testing.assert_close(ours[key].double(), theirs[key].double(), rtol=1e-6, atol=1e-7, equal_nan=True)
+        # one value there is a scalar in one mode and not in the other
+        expected = theirs[key].reshape(ours[key].shape) if "segmented_ne" in key else theirs[key]
+        assert ours[key].shape == expected.shape, key
+        torch.testing.assert_close(ours[key].double(), expected.double(), rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("zero_weights", [False, True])
 @pytest.mark.parametrize(("module", "name", "arguments"), METRICS)
 def test_values_keys_and_state_dict_equal_torchrec(module, name, arguments, fused, zero_weights):
-    grouped = "grouped_auc" in arguments or "grouped_auprc" in arguments
+    grouped = "grouped_auc" in arguments or "grouped_auprc" in arguments or "grouped_rauc" in arguments
     if grouped and fused:
         pytest.skip("compared in unfused mode")
     if module in ("ne_positive", "cali_free_ne") and arguments and fused and zero_weights:
@@ -114,7 +127,9 @@ def test_values_keys_and_state_dict_equal_torchrec(module, name, arguments, fuse
         torch.testing.assert_close(value, states[1][key], equal_nan=True, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize(("module", "name", "arguments"), [m for m in METRICS if m[0] not in ("auc", "auprc", "ndcg")])
+@pytest.mark.parametrize(
+    ("module", "name", "arguments"), [m for m in METRICS if m[0] not in ("auc", "auprc", "rauc", "ndcg")]
+)
 def test_values_without_any_example_equal_torchrec(module, name, arguments):
     pair = [build(package, module, name, False, arguments, 20) for package in ("recsys_edu", "torchrec")]
     compare(*(metric.compute() for metric in pair))

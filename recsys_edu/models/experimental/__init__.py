@@ -1,0 +1,1 @@
+"""Models outside the core: tried, tested, and free to change."""
