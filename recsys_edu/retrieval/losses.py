@@ -9,7 +9,7 @@ are pushed down more often; subtracting `log q` (q: how often an item is expecte
     bias         log 1 - log q_2    log 2 - log q_7    log 1 - log q_9
 
 A softmax over B items with repeats *equals* the softmax over the C different ones with `log(count)` added to their
-logits, so only `[B, C]` numbers are computed. MovieLens-100K: 8,192 x 1,300 in place of 8,192 x 8,192.
+logits, so only `[B, C]` numbers are computed. MovieLens-100K: 8,192 x 1,200 in place of 8,192 x 8,192.
 
 Shapes: B batch, C candidates, D width.
 """

@@ -63,7 +63,7 @@ class TwoStageRecommender:
         features: TowerFeatures,
         rating_model: RatingModel,
         index: ItemIndex | None = None,
-        retrieval_weight: float = 0.5,
+        retrieval_weight: float = 0.2,
     ) -> None:
         self.data, self.train = data, train
         self.tower, self.features, self.rating_model = tower, features, rating_model
