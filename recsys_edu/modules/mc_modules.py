@@ -1,0 +1,398 @@
+"""Managed collision: a small table for an endless stream of ids, each important id with a row of its own.
+
+    raw ids    9001 17 9001 555555 ...            any 64-bit number: no vocabulary, no hash collisions
+    profile    count who comes how often, how recently
+    evict      every few batches: the best `zch_size - 1` ids get (or keep) a row; a new owner's row is reported
+    remap      9001 -> 0, 17 -> 1, an id without a row -> the last row, which all of those share
+
+Who is best is an eviction policy: most recently seen (LRU), most often seen (LFU), or often and recently (DistanceLFU).
+
+Suffixes: N ids, Z rows (`zch_size`), U distinct ids.
+
+TorchRec's MCH module is followed in names, buffers and meaning; which id is evicted is decided here by the policy's
+formula alone. Counterpart: torchrec.modules.mc_modules.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recsys_edu.modules.embedding_configs import BaseEmbeddingConfig
+from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+NO_ID = torch.iinfo(torch.int64).max  # marks a free place; sorts behind every id
+ThresholdFilter = Callable[[Tensor], tuple[Tensor, float | Tensor]]
+
+
+def average_threshold_filter(id_counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids seen more often than the average one.
+
+    >>> average_threshold_filter(torch.tensor([1, 2, 30, 4]))
+    (tensor([False, False,  True, False]), tensor(9.2500))
+    """
+    threshold = id_counts.float().mean()
+    return id_counts > threshold, threshold
+
+
+def dynamic_threshold_filter(id_counts: Tensor, threshold_skew_multiplier: float = 10.0) -> tuple[Tensor, Tensor]:
+    """Ids seen more often than `threshold_skew_multiplier` times the average one."""
+    threshold = id_counts.float().mean() * threshold_skew_multiplier
+    return id_counts > threshold, threshold
+
+
+def probabilistic_threshold_filter(id_counts: Tensor, per_id_probability: float = 0.01) -> tuple[Tensor, Tensor]:
+    """Each sighting lets an id in with `per_id_probability`: an id seen n times with 1 - (1 - p)^n."""
+    probability = 1 - (1 - per_id_probability) ** id_counts.float()
+    drawn = torch.rand(id_counts.shape, device=id_counts.device)
+    return drawn < probability, drawn
+
+
+class MCHEvictionPolicyMetadataInfo(NamedTuple):
+    """One number that a policy remembers about every id: its name, and where it is kept."""
+
+    metadata_name: str
+    is_mch_metadata: bool
+    is_history_metadata: bool
+
+
+class MCHEvictionPolicy(abc.ABC):
+    """Decides who keeps a row: the ids with the highest `scores`. `threshold_filtering_func` keeps rare new ids out."""
+
+    def __init__(
+        self,
+        metadata_info: list[MCHEvictionPolicyMetadataInfo],
+        threshold_filtering_func: ThresholdFilter | None = None,
+    ) -> None:
+        self._metadata_info = metadata_info
+        self._threshold_filtering_func = threshold_filtering_func
+
+    @property
+    def metadata_info(self) -> list[MCHEvictionPolicyMetadataInfo]:
+        return self._metadata_info
+
+    @abc.abstractmethod
+    def scores(self, current_iter: int, counts_U: Tensor, last_access_iter_U: Tensor) -> Tensor:
+        """How much each id deserves a row; float64."""
+
+    def admitted(self, counts_U: Tensor) -> Tensor:
+        """Which new ids may compete, by how often they were seen since the last eviction."""
+        if self._threshold_filtering_func is None or not len(counts_U):
+            return torch.ones_like(counts_U, dtype=torch.bool)
+        return self._threshold_filtering_func(counts_U)[0]
+
+
+_COUNTS = MCHEvictionPolicyMetadataInfo("counts", is_mch_metadata=True, is_history_metadata=False)
+_LAST_ACCESS = MCHEvictionPolicyMetadataInfo("last_access_iter", is_mch_metadata=True, is_history_metadata=True)
+
+
+class LFU_EvictionPolicy(MCHEvictionPolicy):
+    """Least frequently used goes first: score = times seen."""
+
+    def __init__(self, threshold_filtering_func: ThresholdFilter | None = None) -> None:
+        super().__init__([_COUNTS], threshold_filtering_func)
+
+    def scores(self, current_iter: int, counts_U: Tensor, last_access_iter_U: Tensor) -> Tensor:
+        return counts_U.double()
+
+
+class LRU_EvictionPolicy(MCHEvictionPolicy):
+    """Least recently used goes first: score = the last batch that had the id. `decay_exponent` keeps that order."""
+
+    def __init__(self, decay_exponent: float = 1.0, threshold_filtering_func: ThresholdFilter | None = None) -> None:
+        super().__init__([_LAST_ACCESS], threshold_filtering_func)
+        self._decay_exponent = decay_exponent
+
+    def scores(self, current_iter: int, counts_U: Tensor, last_access_iter_U: Tensor) -> Tensor:
+        return -((current_iter - last_access_iter_U + 1).double() ** self._decay_exponent)
+
+
+class DistanceLFU_EvictionPolicy(MCHEvictionPolicy):
+    """Often and recently: score = times seen / (batches since last seen + 1) ^ decay_exponent."""
+
+    def __init__(self, decay_exponent: float = 1.0, threshold_filtering_func: ThresholdFilter | None = None) -> None:
+        super().__init__([_COUNTS, _LAST_ACCESS], threshold_filtering_func)
+        self._decay_exponent = decay_exponent
+
+    def scores(self, current_iter: int, counts_U: Tensor, last_access_iter_U: Tensor) -> Tensor:
+        return counts_U.double() / (current_iter - last_access_iter_U + 1).double() ** self._decay_exponent
+
+
+class ManagedCollisionModule(nn.Module, abc.ABC):
+    """Base: raw ids of one table's features in, row numbers out.
+
+    `mutate_miss_lengths`, `write_weights` and the last three arguments are accepted for TorchRec's callers:
+    an id without a row never changes lengths here.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        output_segments: list[int],
+        skip_state_validation: bool = False,
+        read_only_suffix: str = "_readonly",
+        enable_per_feature_lookups: bool = False,
+    ) -> None:
+        super().__init__()
+        self._device = device
+        self._output_segments = output_segments
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @abc.abstractmethod
+    def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
+        """Take note of the ids; may give rows to new owners."""
+
+    @abc.abstractmethod
+    def remap(
+        self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True, write_weights: Tensor | None = None
+    ) -> dict[str, JaggedTensor]:
+        """Raw ids to rows."""
+
+    @abc.abstractmethod
+    def evict(self) -> Tensor | None:
+        """Rows that have a new owner since the last call, or None."""
+
+    @abc.abstractmethod
+    def output_size(self) -> int:
+        """Number of rows."""
+
+    @abc.abstractmethod
+    def input_size(self) -> int:
+        """Raw ids are below this."""
+
+    @abc.abstractmethod
+    def open_slots(self) -> Tensor:
+        """Number of rows that no id owns, `[1]`."""
+
+    def forward(self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True) -> dict[str, JaggedTensor]:
+        return self.remap(self.profile(features))
+
+
+class MCHManagedCollisionModule(ManagedCollisionModule):
+    """Rows for the best ids by an eviction policy; a sorted list of owners is searched for every id.
+
+    >>> module = MCHManagedCollisionModule(3, torch.device("cpu"), LFU_EvictionPolicy(), eviction_interval=1)
+    >>> ids = JaggedTensor(torch.tensor([9001, 17, 9001, 555555]), lengths=torch.tensor([4]))
+    >>> module({"f": ids})["f"].values().tolist()       # two ids get a row, the rest share row 2
+    [0, 1, 0, 2]
+
+    Ids are counted in training mode only. Rows change owners after every `eviction_interval` batches; `evict` then
+    tells which. On a tie the present owner stays, then the smaller id wins.
+
+    Args:
+        zch_size: rows, one of them shared by all ids without one.
+        input_hash_size, input_hash_func: raw ids are first mapped by `input_hash_func(ids, input_hash_size)`, if given.
+        output_global_offset: added to every row number.
+
+    Raises:
+        ValueError: `zch_size` below 2, `eviction_interval` below 1; `mch_size`, which TorchRec has deprecated.
+
+    Counterpart: torchrec.modules.mc_modules.MCHManagedCollisionModule.
+    """
+
+    def __init__(
+        self,
+        zch_size: int,
+        device: torch.device,
+        eviction_policy: MCHEvictionPolicy,
+        eviction_interval: int,
+        input_hash_size: int = NO_ID,
+        input_hash_func: Callable[[Tensor, int], Tensor] | None = None,
+        mch_size: int | None = None,
+        mch_hash_func: Callable[[Tensor, int], Tensor] | None = None,
+        name: str | None = None,
+        output_global_offset: int = 0,
+        output_segments: list[int] | None = None,
+        buckets: int = 1,
+    ) -> None:
+        if zch_size < 2 or eviction_interval < 1:
+            raise ValueError(
+                f"zch_size has to be at least 2 and eviction_interval at least 1, got {zch_size}, {eviction_interval}"
+            )
+        if mch_size is not None or mch_hash_func is not None:
+            raise ValueError("mch_size and mch_hash_func are not supported: make zch_size larger instead")
+        segments = output_segments or [output_global_offset, output_global_offset + zch_size]
+        super().__init__(device, segments)
+        self._zch_size, self._policy, self._eviction_interval = zch_size, eviction_policy, eviction_interval
+        self._input_hash_size, self._input_hash_func = input_hash_size, input_hash_func
+        self._name, self._output_global_offset, self._buckets = name, output_global_offset, buckets
+        rows_Z = torch.arange(zch_size, device=device)
+        self.register_buffer("_mch_sorted_raw_ids", torch.full_like(rows_Z, NO_ID))
+        self.register_buffer("_mch_remapped_ids_mapping", rows_Z)
+        self.register_buffer("_mch_counts", torch.zeros_like(rows_Z))
+        self.register_buffer("_mch_last_access_iter", torch.zeros_like(rows_Z))
+        self.register_buffer("_current_iter_tensor", torch.zeros(1, dtype=torch.int64, device=device))
+        self._history: list[tuple[Tensor, int]] = []  # (ids, batch number) since the last eviction
+        self._given_away: list[Tensor] = []
+
+    def preprocess(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
+        """The raw ids through `input_hash_func`."""
+        if self._input_hash_func is None:
+            return features
+        return {
+            name: _with_values(jt, self._input_hash_func(jt.values(), self._input_hash_size))
+            for name, jt in features.items()
+        }
+
+    @torch.no_grad()
+    def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
+        if self.training:
+            self._current_iter_tensor += 1
+            current = int(self._current_iter_tensor)  # host sync: one per batch, decides whether rows change owners
+            self._history += [(jt.values().long(), current) for jt in features.values()]
+            if current % self._eviction_interval == 0:
+                self._change_owners(current)
+        return features
+
+    def _change_owners(self, current: int) -> None:
+        old_O, old_rows_O, counts_O, last_O = self._owners()
+        empty = old_O.new_empty(0)
+        ids_N = torch.cat([ids for ids, _ in self._history] or [empty])
+        iters_N = torch.cat([torch.full_like(ids, batch) for ids, batch in self._history] or [empty])
+        self._history = []
+        seen_U, inverse_N, seen_counts_U = ids_N.unique(return_inverse=True, return_counts=True)
+        seen_last_U = torch.zeros_like(seen_U).scatter_reduce_(0, inverse_N, iters_N, "amax")
+        is_new_U = ~torch.isin(seen_U, old_O)
+        admitted_U = ~is_new_U
+        admitted_U[is_new_U] = self._policy.admitted(seen_counts_U[is_new_U])
+        seen_U, seen_counts_U, seen_last_U = (part[admitted_U] for part in (seen_U, seen_counts_U, seen_last_U))
+        # Old and seen ids together: counts add, the later batch counts, a row is known for old ones only.
+        all_U, inverse = torch.cat([old_O, seen_U]).unique(return_inverse=True)
+        counts_U = torch.zeros_like(all_U).index_add_(0, inverse, torch.cat([counts_O, seen_counts_U]))
+        last_U = torch.zeros_like(all_U).scatter_reduce_(0, inverse, torch.cat([last_O, seen_last_U]), "amax")
+        row_U = torch.full_like(all_U, -1).index_copy_(0, inverse[: len(old_O)], old_rows_O)
+        best = self._ranked(self._policy.scores(current, counts_U, last_U), row_U)[: self._zch_size - 1]
+        all_U, counts_U, last_U, row_U = (part[best] for part in (all_U, counts_U, last_U, row_U))
+        is_free_Z = torch.ones(self._zch_size - 1, dtype=torch.bool, device=row_U.device)
+        is_free_Z[row_U[row_U >= 0]] = False
+        newcomers = (row_U < 0).nonzero().flatten()
+        given = is_free_Z.nonzero().flatten()[: len(newcomers)]
+        row_U[newcomers] = given
+        if len(given):
+            self._given_away.append(given + self._output_global_offset)
+        self._store(all_U, row_U, counts_U, last_U)
+
+    @staticmethod
+    def _ranked(scores_U: Tensor, row_U: Tensor) -> Tensor:
+        """Best first; present owners before newcomers of equal score, then smaller ids."""
+        by_presence = (row_U < 0).int().argsort(stable=True)
+        return by_presence[scores_U[by_presence].argsort(descending=True, stable=True)]
+
+    def _owners(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        owned = self._mch_sorted_raw_ids != NO_ID
+        parts = ("_mch_sorted_raw_ids", "_mch_remapped_ids_mapping", "_mch_counts", "_mch_last_access_iter")
+        return tuple(getattr(self, part)[owned] for part in parts)  # type: ignore[return-value]
+
+    def _store(self, ids_O: Tensor, rows_O: Tensor, counts_O: Tensor, last_O: Tensor) -> None:
+        order, count = ids_O.argsort(), len(ids_O)
+        is_free_Z = torch.ones(self._zch_size, dtype=torch.bool, device=ids_O.device)
+        is_free_Z[rows_O] = False
+        self._mch_sorted_raw_ids.fill_(NO_ID)[:count] = ids_O[order]
+        self._mch_remapped_ids_mapping[:count] = rows_O[order]
+        self._mch_remapped_ids_mapping[count:] = is_free_Z.nonzero().flatten()
+        self._mch_counts.zero_()[:count] = counts_O[order]
+        self._mch_last_access_iter.zero_()[:count] = last_O[order]
+
+    @torch.no_grad()
+    def remap(
+        self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True, write_weights: Tensor | None = None
+    ) -> dict[str, JaggedTensor]:
+        remapped = {}
+        for name, jt in features.items():
+            ids_N = jt.values().long()
+            place_N = torch.searchsorted(self._mch_sorted_raw_ids, ids_N).clamp_(max=self._zch_size - 1)
+            found_N = (self._mch_sorted_raw_ids[place_N] == ids_N) & (ids_N != NO_ID)
+            rows_N = torch.where(found_N, self._mch_remapped_ids_mapping[place_N], self._zch_size - 1)
+            remapped[name] = _with_values(jt, rows_N + self._output_global_offset)
+        return remapped
+
+    def forward(self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True) -> dict[str, JaggedTensor]:
+        return self.remap(self.profile(self.preprocess(features)))
+
+    def evict(self) -> Tensor | None:
+        given, self._given_away = self._given_away, []
+        return torch.cat(given).unique() if given else None
+
+    def output_size(self) -> int:
+        return self._zch_size
+
+    def input_size(self) -> int:
+        return self._input_hash_size
+
+    def buckets(self) -> int:
+        """How many parts the rows may be cut into."""
+        return self._buckets
+
+    def open_slots(self) -> Tensor:
+        free = (self._mch_sorted_raw_ids == NO_ID).sum() - 1  # the shared row is nobody's, and not open
+        return free.reshape(1)
+
+
+def _with_values(jt: JaggedTensor, values: Tensor) -> JaggedTensor:
+    return JaggedTensor(values, weights=jt.weights_or_none(), lengths=jt.lengths(), offsets=jt.offsets_or_none())
+
+
+class ManagedCollisionCollection(nn.Module):
+    """One managed-collision module per table; a KeyedJaggedTensor of raw ids in, one of row numbers out.
+
+    The answer has the tables' features, in table order. Child: `_managed_collision_modules`, by table name.
+
+    Raises:
+        ValueError: a table without a module or a module without a table, another number of rows than the table has,
+            or a feature of two tables, whose ids would need two row numbers.
+        KeyError: (forward) a feature that the input does not have.
+
+    Counterpart: torchrec.modules.mc_modules.ManagedCollisionCollection.
+    """
+
+    def __init__(
+        self,
+        managed_collision_modules: Mapping[str, ManagedCollisionModule],
+        embedding_configs: Sequence[BaseEmbeddingConfig],
+        need_preprocess: bool = True,
+    ) -> None:
+        super().__init__()
+        tables = {config.name for config in embedding_configs}
+        if tables != set(managed_collision_modules):
+            raise ValueError(f"modules for {sorted(managed_collision_modules)}, tables {sorted(tables)}: must be equal")
+        table_of: dict[str, str] = {}
+        for config in embedding_configs:
+            size = managed_collision_modules[config.name].output_size()
+            if size != config.num_embeddings:
+                raise ValueError(f"table {config.name!r} has {config.num_embeddings} rows, its module gives {size}")
+            for feature in config.feature_names:
+                if feature in table_of:
+                    raise ValueError(f"feature {feature!r} is in {table_of[feature]!r} and in {config.name!r}")
+                table_of[feature] = config.name
+        self._managed_collision_modules = nn.ModuleDict(managed_collision_modules)
+        self._embedding_configs = embedding_configs
+
+    def embedding_configs(self) -> Sequence[BaseEmbeddingConfig]:
+        """The configs as given."""
+        return self._embedding_configs
+
+    def forward(self, features: KeyedJaggedTensor, mutate_miss_lengths: bool = True) -> KeyedJaggedTensor:
+        known = features.keys()
+        remapped: dict[str, JaggedTensor] = {}
+        for config in self._embedding_configs:
+            missing = [name for name in config.feature_names if name not in known]
+            if missing:
+                raise KeyError(f"the input has no features {missing}; it has {known}")
+            module = self._managed_collision_modules[config.name]
+            remapped.update(module({name: features[name] for name in config.feature_names}))
+        return KeyedJaggedTensor.from_jt_dict(remapped)
+
+    def evict(self) -> dict[str, Tensor | None]:
+        """By table: rows with a new owner since the last call."""
+        return {name: module.evict() for name, module in self._managed_collision_modules.items()}
+
+    def open_slots(self) -> dict[str, Tensor]:
+        """By table: rows that no id owns."""
+        return {name: module.open_slots() for name, module in self._managed_collision_modules.items()}
