@@ -5,6 +5,8 @@ recsys_edu data fetch                   MovieLens-100K into the cache
 recsys_edu demo                         fetch the data, run notebook 00, train sharded on two ranks
 recsys_edu notebooks run 02 --profile ci
 recsys_edu bench                        every benchmark of the checkout
+recsys_edu student                      a zip of the course without solutions and hints
+recsys_edu grade returned/ --out grades.csv
 """
 
 from __future__ import annotations
@@ -81,7 +83,21 @@ def bench(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
-COMMANDS: dict[str, Command] = {each.__name__: each for each in (doctor, data, demo, notebooks, bench)}
+def student(arguments: list[str]) -> int:
+    """the student edition: a zip of the course without solutions and hints (`student --help`)"""
+    from recsys_edu.notebook.teaching.student import main as write_edition
+
+    return write_edition(arguments)
+
+
+def grade(arguments: list[str]) -> int:
+    """returned notebooks into a CSV, each in a process with limits (`grade --help`)"""
+    from recsys_edu.notebook.teaching.grade import main as grade_returned
+
+    return grade_returned(arguments)
+
+
+COMMANDS: dict[str, Command] = {each.__name__: each for each in (doctor, data, demo, notebooks, bench, student, grade)}
 
 
 def usage() -> str:

@@ -64,9 +64,10 @@ def find_exercise(number: str) -> Exercise:
 def exercise(number: str) -> None:
     """Show an exercise's header and task."""
     found = find_exercise(number)
+    hints = f"{len(found.hints)} hints: <code>hint({number!r})</code>" if found.hints else "hints are with your teacher"
     facts = (
         f"difficulty {_dots(found.difficulty)} &nbsp; importance {_dots(found.importance)} "
-        f"&nbsp; about {found.minutes} minutes &nbsp; {len(found.hints)} hints: <code>hint({number!r})</code>"
+        f"&nbsp; about {found.minutes} minutes &nbsp; {hints}"
     )
     body = f'<div style="opacity:.8">{facts}</div><div style="margin-top:.4em">{inline_code(found.task)}</div>'
     plain = (
@@ -115,6 +116,10 @@ def hint(number: str, upto: int | None = None) -> None:
     found = find_exercise(number)
     if upto is not None and upto < 1:
         raise ValueError(f"hint({number!r}, upto={upto}): ask for 1 to {len(found.hints)} hints")
+    if not found.hints:  # the student edition
+        text = f"Exercise {number}: hints are not in this edition; ask your teacher"
+        show({"text/html": card(text, "", "idle"), "text/plain": text})
+        return
     shown = _shown_in_this_kernel()
     count = upto if upto is not None else shown.get(number, 0) + 1
     count = min(count, len(found.hints))
@@ -138,7 +143,8 @@ def _shown_in_this_kernel() -> dict[str, int]:
 
 
 def _show_failure(number: str, text: str) -> None:
-    body = preformatted(text) + f"<div>One step further: <code>hint({number!r})</code></div>"
+    further = f"<div>One step further: <code>hint({number!r})</code></div>" if find_exercise(number).hints else ""
+    body = preformatted(text) + further
     show({"text/html": card(f"Exercise {number}: not yet", body, "bad"), "text/plain": text})
 
 

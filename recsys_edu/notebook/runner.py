@@ -121,7 +121,7 @@ def _run_side_by_side(
     paths: Sequence[Path], parameters: Mapping[str, Any], out: Path, timeout_s: float, jobs: int
 ) -> list[NotebookRun]:
     with tempfile.TemporaryDirectory(prefix="recsys_edu-kernel-") as kernel_home:
-        environment = _environment(Path(kernel_home), jobs)
+        environment = kernel_environment(Path(kernel_home), jobs)
         with ThreadPoolExecutor(max_workers=jobs) as pool:
             return list(pool.map(lambda path: run_one(path, parameters, out, timeout_s, environment), paths))
 
@@ -202,10 +202,10 @@ def jobs_that_fit() -> int:
     return max(1, min(os.cpu_count() or 1, int(free_gib / GIB_PER_NOTEBOOK)))
 
 
-def _environment(kernel_home: Path, jobs: int) -> dict[str, str]:
+def kernel_environment(kernel_home: Path, jobs: int) -> dict[str, str]:
     """The environment of every kernel: this interpreter, this package, and no more threads than cores."""
     spec = kernel_home / "kernels" / KERNEL_NAME
-    spec.mkdir(parents=True)
+    spec.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     spec.joinpath("kernel.json").write_text(
         json.dumps({"argv": argv, "display_name": "recsys_edu", "language": "python"}), encoding="utf-8"
