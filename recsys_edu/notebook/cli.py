@@ -4,6 +4,7 @@ recsys_edu doctor                       what is installed and what to do about m
 recsys_edu data fetch                   MovieLens-100K into the cache
 recsys_edu demo                         fetch the data, run notebook 00, train sharded on two ranks
 recsys_edu notebooks run 02 --profile ci
+recsys_edu serve film.pt2 --port 8000   a packaged model over HTTP
 recsys_edu bench                        every benchmark of the checkout
 recsys_edu student                      a zip of the course without solutions and hints
 recsys_edu grade returned/ --out grades.csv
@@ -95,6 +96,13 @@ def grade(arguments: list[str]) -> int:
     from recsys_edu.notebook.teaching.grade import main as grade_returned
 
     return grade_returned(arguments)
+
+
+def serve(arguments: list[str]) -> int:
+    """a packaged model over HTTP, with batching (`serve --help`)"""
+    from recsys_edu.inference.serve import main as run_serve
+
+    return run_serve(arguments)
 
 
 COMMANDS: dict[str, Command] = {each.__name__: each for each in (doctor, data, demo, notebooks, bench, student, grade)}

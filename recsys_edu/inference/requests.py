@@ -1,0 +1,119 @@
+"""What a server is asked, checked: JSON in, plain lists out, and every refusal with its reason.
+
+    {"examples": [{"dense": [0.1, 0.7, 0.2], "ids": {"user": [196], "film": [242, 302]}}]}   ->   {"scores": [0.73]}
+
+A feature that an example leaves out is empty. Everything else has to fit: an unknown feature, an id that no table
+knows, a number that is none are refused with the place where they stand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recsys_edu.inference.package import PackageMetadata
+
+LARGEST_FLOAT = torch.finfo(torch.float32).max
+
+
+class RefusedRequest(ValueError):
+    """A request that gets no scores: an HTTP status and the reason in words."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """One request, checked: `dense[b]`, and per feature `lengths[f][b]` and its ids, example after example."""
+
+    dense: list[list[float]]
+    lengths: list[list[int]]
+    values: list[list[int]]
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.dense)
+
+
+def parse_request(body: bytes, model: PackageMetadata, max_examples: int) -> ScoringRequest:
+    """Read and check the body of a request.
+
+    Raises:
+        RefusedRequest: 400 for what is no JSON, 422 for JSON that does not fit the model.
+    """
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of 5,000 digits; 10,000 brackets
+        raise RefusedRequest(400, f"the body is not JSON: {error}") from error
+    examples = content.get("examples") if isinstance(content, dict) else None
+    if not isinstance(examples, list):
+        raise RefusedRequest(422, 'expected an object with a list "examples"')
+    unknown = sorted(content.keys() - {"examples"})
+    if unknown:
+        raise RefusedRequest(422, f"unknown keys {unknown[:3]} beside 'examples'")
+    if not 0 < len(examples) <= max_examples:
+        raise RefusedRequest(422, f"{len(examples)} examples; a request has 1 to {max_examples}")
+    dense, lengths, values = [], [[] for _ in model.features], [[] for _ in model.features]
+    for place, example in enumerate(examples):
+        where = f"examples[{place}]"
+        if not isinstance(example, dict) or example.keys() - {"dense", "ids"}:
+            raise RefusedRequest(422, f'{where}: expected an object with "dense" and "ids" and nothing else')
+        dense.append(_dense_of(example.get("dense", []), model.num_dense, where))
+        ids = example.get("ids", {})
+        if not isinstance(ids, dict):
+            raise RefusedRequest(422, f"{where}.ids: expected an object from feature to list of ids")
+        unknown = sorted(ids.keys() - set(model.features))
+        if unknown:
+            raise RefusedRequest(422, f"{where}.ids: no features {unknown[:3]}; there are {model.features}")
+        for feature, (name, num_rows) in enumerate(zip(model.features, model.num_rows)):
+            found = _ids_of(ids.get(name, []), num_rows, where, name)
+            lengths[feature].append(len(found))
+            values[feature].extend(found)
+    return ScoringRequest(dense, lengths, values)
+
+
+def _dense_of(numbers: Any, expected: int, where: str) -> list[float]:
+    if not isinstance(numbers, list) or len(numbers) != expected:
+        got = f"{len(numbers)} of them" if isinstance(numbers, list) else type(numbers).__name__
+        raise RefusedRequest(422, f"{where}.dense: expected a list of {expected} numbers, got {got}")
+    for place, number in enumerate(numbers):
+        kind = type(number)  # a bool is an int to isinstance
+        if (kind is not float and kind is not int) or not abs(number) <= LARGEST_FLOAT or math.isnan(number):
+            raise RefusedRequest(422, f"{where}.dense[{place}]: {_shown(number)} is no finite 32-bit number")
+    return numbers
+
+
+def _ids_of(ids: Any, num_rows: int, where: str, name: str) -> list[int]:
+    if not isinstance(ids, list):
+        raise RefusedRequest(422, f"{where}.ids[{name!r}]: expected a list of ids, got {type(ids).__name__}")
+    for each in ids:
+        if type(each) is not int or not 0 <= each < num_rows:
+            raise RefusedRequest(422, f"{where}.ids[{name!r}]: {_shown(each)} is no id in 0 ... {num_rows - 1}")
+    return ids
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def join_requests(requests: Sequence[ScoringRequest], model: PackageMetadata) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """One batch of all requests' examples, in order: dense [B, I], lengths [F, B], values [N] per feature."""
+    dense = [row for request in requests for row in request.dense]
+    features = range(len(model.features))
+    lengths = [[length for request in requests for length in request.lengths[feature]] for feature in features]
+    values = [[each for request in requests for each in request.values[feature]] for feature in features]
+    device = torch.device(model.device)
+    return (
+        torch.tensor(dense, dtype=torch.float32, device=device).view(len(dense), model.num_dense),
+        torch.tensor(lengths, dtype=torch.int64, device=device).view(len(features), len(dense)),
+        [torch.tensor(ids, dtype=torch.int64, device=device) for ids in values],
+    )
