@@ -105,7 +105,9 @@ def serve(arguments: list[str]) -> int:
     return run_serve(arguments)
 
 
-COMMANDS: dict[str, Command] = {each.__name__: each for each in (doctor, data, demo, notebooks, bench, student, grade)}
+COMMANDS: dict[str, Command] = {
+    each.__name__: each for each in (doctor, data, demo, notebooks, serve, bench, student, grade)
+}
 
 
 def usage() -> str:
