@@ -184,6 +184,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--wait-ms", type=float, default=default.wait_ms, help="a batch waits for company")
     parser.add_argument("--max-pending", type=int, default=default.max_pending, help="examples that may wait")
     parser.add_argument("--timeout-s", type=float, default=default.timeout_s, help="a request is given up then")
+    parser.add_argument("--in-thread", action="store_true", help="for slow models: /health is answered during a batch")
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
     return parser.parse_args(argv)
 
@@ -194,7 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        options = BatchingOptions(arguments.max_batch, arguments.wait_ms, arguments.max_pending, arguments.timeout_s)
+        options = BatchingOptions(
+            arguments.max_batch, arguments.wait_ms, arguments.max_pending, arguments.timeout_s, arguments.in_thread
+        )
         app = make_app(load_package(arguments.package), options)
         asyncio.run(run_server(app, arguments.host, arguments.port, f"{arguments.package.name} at"))
     except KeyboardInterrupt:

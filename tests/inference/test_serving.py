@@ -96,9 +96,10 @@ def run_batcher(score, options: BatchingOptions, requests: Sequence[ScoringReque
     return asyncio.run(asyncio.wait_for(run(), 20)), sizes
 
 
-def test_each_request_gets_its_own_scores_back() -> None:
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_each_request_gets_its_own_scores_back(in_thread: bool) -> None:
     requests = [of(number, 1 + number % 3) for number in range(50)]
-    answers, sizes = run_batcher(echo, BatchingOptions(max_batch=16), requests)
+    answers, sizes = run_batcher(echo, BatchingOptions(max_batch=16, in_thread=in_thread), requests)
     assert answers == [[number] * (1 + number % 3) for number in range(50)]
     assert sum(sizes) == 99 and max(sizes) <= 16 and len(sizes) < 12
 
@@ -130,7 +131,7 @@ def test_a_request_that_takes_too_long_is_given_up() -> None:
         time.sleep(0.3)
         return echo(requests)
 
-    answers, _ = run_batcher(slow, BatchingOptions(max_batch=1, timeout_s=0.1), [of(0), of(1)])
+    answers, _ = run_batcher(slow, BatchingOptions(max_batch=1, timeout_s=0.1, in_thread=True), [of(0), of(1)])
     assert [answer.status for answer in answers] == [503, 503] and "0.1 s" in answers[0].reason
 
 

@@ -24,6 +24,7 @@ NAMES = (
     "planner",
     "quantization_quality",
     "quantized_lookup",
+    "serving",
     "step_simulator",
 )
 
