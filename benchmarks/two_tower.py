@@ -3,8 +3,8 @@
     python benchmarks/two_tower.py [--rounds 5] [--threads 2]
 
 Plain PyTorch is what a tutorial would write: two nn.Embedding, the whole batch-by-batch matrix of dot products,
-cross-entropy with the logQ correction. Ours compares with each different item once and weighs it by its count, which
-is the same loss (tests/retrieval/test_losses.py).
+cross-entropy with the logQ correction. Ours compares with each different item once and weighs it by its count. The two
+losses differ where the right item occurs again in the batch: the matrix counts those repeats as wrong answers.
 """
 
 from __future__ import annotations

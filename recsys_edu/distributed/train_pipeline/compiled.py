@@ -18,10 +18,11 @@ from recsys_edu.distributed.types import ShardedModule
 
 @dataclass
 class TorchCompileConfig:
-    """How to compile: torch.compile's `backend` and `fullgraph`, and the step (from 0) before which it happens."""
+    """How to compile: torch.compile's `fullgraph`, `dynamic`, `backend`, and the step (from 0) before which it happens."""
 
-    backend: str = "inductor"
     fullgraph: bool = False
+    dynamic: bool | None = None
+    backend: str = "inductor"
     compile_on_iter: int = 3
 
 
@@ -70,6 +71,7 @@ class TrainPipelinePT2(TrainPipelineBase[In, Out]):
         for module in self._model.modules():
             if isinstance(module, ShardedModule):
                 module.forward = torch.compiler.disable(module.forward)
-        self._model.compile(backend=self._config.backend, fullgraph=self._config.fullgraph)
+        config = self._config
+        self._model.compile(fullgraph=config.fullgraph, dynamic=config.dynamic, backend=config.backend)
         if self._post_compile_fn is not None:
             self._post_compile_fn(self._model)
