@@ -18,7 +18,7 @@ from recsys_edu.distributed.types import ShardedModule
 
 @dataclass
 class TorchCompileConfig:
-    """How to compile: torch.compile's `fullgraph`, `dynamic`, `backend`, and the step (from 0) before which it happens."""
+    """torch.compile's `fullgraph`, `dynamic` and `backend`, and the step (from 0) before which to compile."""
 
     fullgraph: bool = False
     dynamic: bool | None = None
