@@ -83,7 +83,7 @@ def plan_figure(plan: PlannedSharding) -> Figure:
     note = f"memory: of what is left for tables; time: of the busiest rank's {cost:.3g} ms per step"
     styled(figure, f"How full and how busy every rank is<br>{note}", "rank", height=190 + 42 * len(names))
     figure.update_layout(margin={"l": 150, "t": 90})
-    figure.update_xaxes(showgrid=False)
+    figure.update_xaxes(showgrid=False, **({"dtick": 1} if world <= MOST_NUMBERED else {}))  # there is no rank 0.5
     figure.update_yaxes(showgrid=False)
     return figure
 

@@ -1,6 +1,7 @@
 """When nothing fits: what is in the way, and the smallest single change that would make room.
 
-Every remedy is checked by placing the tables with it, not by dividing bytes.
+Every remedy is checked by placing the tables with it, not by dividing bytes. That is one quick attempt for each: what
+it names is enough, and the whole search may manage with slightly less, at a price in time.
 """
 
 from __future__ import annotations

@@ -215,6 +215,7 @@ class PlannedSharding(ShardingPlan):
 
         Raises:
             KeyError: no such table.
+            ValueError: a change that is no pair of sharding type and ranks.
             PlannerError: an option that is impossible, a wrong number of ranks, or a rank without the memory.
         """
         state, problem = self.found.placement.copy(), self.found.placement.problem
@@ -222,6 +223,8 @@ class PlannedSharding(ShardingPlan):
         for name in changes:
             if name not in units:
                 raise KeyError(f"no table {name!r} in the plan; its tables are {list(units)[:20]}")
+            if not isinstance(changes[name], (tuple, list)) or len(changes[name]) != 2:
+                raise ValueError(f"table {name!r}: expected (sharding type, ranks), got {changes[name]!r}")
             state.remove(units[name])
         for name, (sharding_type, ranks) in changes.items():
             unit, column = units[name], self._column(name, units[name], sharding_type)

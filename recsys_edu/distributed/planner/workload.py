@@ -27,6 +27,8 @@ from recsys_edu.types import DataType
 TYPES = tuple(t.value for t in ShardingType)
 KERNELS = tuple(k.value for k in EmbeddingComputeKernel)
 NO_CONSTRAINTS = ParameterConstraints()
+_LISTS = ("sharding_types", "compute_kernels", "pooling_factors", "num_poolings", "batch_sizes", "feature_names")
+_LISTS += ("ranks", "forbidden_ranks", "hosts", "forbidden_hosts")
 HOST_KERNELS = (EmbeddingComputeKernel.FUSED_UVM_CACHING.value, EmbeddingComputeKernel.FUSED_UVM.value)
 
 # Bytes that an optimizer keeps per weight and per row of a table; see the classes in recsys_edu.optim.
@@ -136,12 +138,14 @@ def read_workload(
         allowed = _sharder_allows(sharder, topology.compute_device)
         for name, parameter in parameters.items():
             constraint = constraints.get(name, NO_CONSTRAINTS)
+            _check_form(name, constraint)
             if constraint.device_group not in (None, topology.compute_device):
                 continue
             kernels = _allowed(name, constraint, allowed)
             ranks = _allowed_ranks(name, constraint, topology)
             own = tuple(features.get(name, ("feature",)))
             tables.append(Table(name, path, child, parameter, own, kernels, constraint, sharder, ranks))
+    _check_together(tables)
     return _arrays(tables, batch_size)
 
 
@@ -175,6 +179,37 @@ def _features(module: nn.Module) -> dict[str, list[str]]:
 
 def _sharder_allows(sharder: ModuleSharder[Any], device: str) -> dict[str, tuple[str, ...]]:
     return {t: tuple(sharder.compute_kernels(t, device)) for t in sharder.sharding_types(device)}
+
+
+def _check_form(name: str, constraint: object) -> None:
+    """A constraint is a ParameterConstraints, and its lists are lists."""
+    if not isinstance(constraint, ParameterConstraints):
+        raise PlannerError(
+            f"table {name!r}: expected a ParameterConstraints, got {constraint!r}", PlannerErrorType.INPUT_VALIDATION
+        )
+    for field in _LISTS:
+        value = getattr(constraint, field)
+        if isinstance(value, (str, int, float)):
+            raise PlannerError(
+                f"table {name!r}: constraint {field}={value!r}: expected a list, such as [{value!r}]",
+                PlannerErrorType.INPUT_VALIDATION,
+            )
+
+
+def _check_together(tables: Sequence[Table]) -> None:
+    """Tables that have to stay together need a rank that all of them may have."""
+    groups: dict[str, list[Table]] = {}
+    for table in tables:
+        if table.constraint.together is not None:
+            groups.setdefault(table.constraint.together, []).append(table)
+    for group, members in groups.items():
+        bound = [table for table in members if table.ranks is not None]
+        if bound and not set.intersection(*(set(table.ranks or ()) for table in bound)):
+            may = ", ".join(f"{table.name!r} only ranks {list(table.ranks or ())}" for table in bound)
+            raise PlannerError(
+                f"tables together as {group!r} have no rank in common: their constraints leave {may}",
+                PlannerErrorType.STRICT_CONSTRAINTS,
+            )
 
 
 def _allowed(
@@ -316,7 +351,7 @@ def _per_feature(table: Table, field: str, given: Sequence[float] | None, defaul
     if len(values) != len(table.features):
         raise PlannerError(
             f"table {table.name!r}: constraint {field}={values} has {len(values)} numbers; the table has "
-            f"{len(table.features)} features {list(table.features)}",
+            f"{len(table.features)} feature{'s' * (len(table.features) != 1)} {list(table.features)}",
             PlannerErrorType.INPUT_VALIDATION,
         )
     for feature, value in zip(table.features, values):

@@ -135,12 +135,22 @@ def test_constraints_on_types_kernels_and_widths() -> None:
         ({"t9": ParameterConstraints()}, "unknown tables \\['t9'\\]"),
         ({"t0": ParameterConstraints(sharding_types=["diagonal"])}, "table 't0': sharding type 'diagonal'"),
         ({"t0": ParameterConstraints(compute_kernels=["quant"])}, "table 't0': nothing is left"),
-        ({"t0": ParameterConstraints(pooling_factors=[1.0, 2.0])}, "has 2 numbers; the table has 1 features"),
+        ({"t0": ParameterConstraints(pooling_factors=[1.0, 2.0])}, "has 2 numbers; the table has 1 feature "),
         ({"t0": ParameterConstraints(pooling_factors=[-1.0])}, "pooling_factors is -1.0"),
         ({"t0": ParameterConstraints(batch_sizes=[-3])}, "batch_sizes is -3"),
         ({"t0": ParameterConstraints(ranks=[7])}, "ranks=\\[7\\], but there are 0 to 3"),
         ({"t0": ParameterConstraints(ranks=[1], forbidden_ranks=[1])}, "leave no rank: ranks=\\[1\\], forbidden_ranks"),
         ({"t0": ParameterConstraints(hosts=[0], ranks=[3])}, "leave no rank"),
+        (
+            {
+                "t0": ParameterConstraints(together="pair", ranks=[0]),
+                "t1": ParameterConstraints(together="pair", ranks=[1]),
+            },
+            "'pair' have no rank in common: .*'t0' only ranks \\[0\\], 't1' only ranks \\[1\\]",
+        ),
+        ({"t0": ParameterConstraints(sharding_types="row_wise")}, "sharding_types='row_wise': expected a list"),
+        ({"t0": ParameterConstraints(ranks=3)}, "ranks=3: expected a list"),
+        ({"t0": ["row_wise"]}, "'t0': expected a ParameterConstraints"),
         ({"t0": ParameterConstraints(sharding_types=["data_parallel"], ranks=[1])}, "a copy on every rank, but the"),
         ({"t0": ParameterConstraints(sharding_types=["table_row_wise"], ranks=[1])}, "needs all 2 ranks of a host"),
         ({"t0": ParameterConstraints(min_partition=0)}, "min_partition 0"),
@@ -289,6 +299,8 @@ def test_what_if() -> None:
     assert plan.what_if(alternatives) > plan.cost_ms
     with pytest.raises(KeyError, match="no table 'absent'"):
         plan.what_if({"absent": ("row_wise", [0, 1])})
+    with pytest.raises(ValueError, match="table 't0': expected \\(sharding type, ranks\\), got 'table_wise'"):
+        plan.what_if({"t0": "table_wise"})
     with pytest.raises(PlannerError, match="expected 2 of the ranks 0 to 1, got \\[0\\]"):
         plan.what_if({"t0": ("row_wise", [0])})
     with pytest.raises(PlannerError, match="cannot be column_wise: the same as table_wise"):
