@@ -2,7 +2,7 @@
 # Needs Python 3.11 or newer and nothing else. Windows: the plain commands stand in README.md.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab check bench doctor clean-notebooks readme
+.PHONY: help demo test lab check bench doctor clean-notebooks readme site student
 
 VENV := .venv/bin
 RUN := $(VENV)/python
@@ -34,7 +34,7 @@ test:  ## the whole test suite, notebooks included (ARGS="-k jagged" narrows it)
 
 lab:  ## JupyterLab on the notebooks
 	$(call setup,notebooks)
-	@$(RUN) -m jupyter lab --notebook-dir=notebooks $(ARGS)
+	@$(RUN) -m jupyter lab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb $(ARGS)
 
 check:  ## linter, formatting, committed notebooks clean, README's generated parts in step
 	$(call setup,notebooks$(comma)dev)
@@ -59,3 +59,10 @@ readme:  ## rewrite the README's generated parts: reading order and measured res
 	$(call setup,notebooks)
 	@$(RUN) scripts/readme.py
 
+site:  ## the executed course as a site in build/site/html; takes executed notebooks from notebooks/out where they are current
+	$(call setup,notebooks$(comma)site)
+	@$(RUN) scripts/site.py $(ARGS)
+
+student:  ## a zip of the course for students: no solutions, no hints (ARGS=--hints leaves them in)
+	$(call setup,notebooks)
+	@$(RUN) -m recsys_edu.notebook.cli student $(ARGS)

@@ -50,6 +50,25 @@ def page_html(notebook: Any, title: str) -> str:
     """An executed notebook as a page that needs no network."""
     from nbconvert import HTMLExporter
 
+    has_figures = still_figures(notebook)
+    exporter = HTMLExporter(embed_images=True)
+    exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""
+    exporter.widget_renderer_url = exporter.mermaid_js_url = ""
+    page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
+    page = REMOTE_MODULE.sub("", REMOTE_SCRIPT.sub("", page))
+    if has_figures:
+        from plotly.offline import get_plotlyjs
+
+        page = page.replace("</head>", f"<script>{get_plotlyjs()}</script></head>", 1)
+    return page
+
+
+def still_figures(notebook: Any) -> bool:
+    """Make an executed notebook readable without a kernel, in place; whether it has plotly figures.
+
+    Figures become HTML that draws them (the page has to load plotly.js), sliders a note that they were there, and the
+    pieces of printed text are joined.
+    """
     has_figures = False
     for cell in notebook.cells:
         if "injected-parameters" in cell.metadata.get("tags", ()):
@@ -65,16 +84,7 @@ def page_html(notebook: Any, title: str) -> str:
             elif WIDGET_MIME in data:
                 output["data"] = nbformat.from_dict({"text/html": WIDGET_NOTE})
     notebook.metadata.pop("widgets", None)  # their state, of no use without a kernel
-    exporter = HTMLExporter(embed_images=True)
-    exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""
-    exporter.widget_renderer_url = exporter.mermaid_js_url = ""
-    page, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
-    page = REMOTE_MODULE.sub("", REMOTE_SCRIPT.sub("", page))
-    if has_figures:
-        from plotly.offline import get_plotlyjs
-
-        page = page.replace("</head>", f"<script>{get_plotlyjs()}</script></head>", 1)
-    return page
+    return has_figures
 
 
 def tidy_streams(outputs: Sequence[Any]) -> list[Any]:
@@ -104,8 +114,11 @@ def figure_html(figure: Any, element: str) -> str:
     arguments = ", ".join(
         json.dumps(part).replace("</", "<\\/") for part in (figure["data"], figure["layout"], {"responsive": True})
     )
+    title = figure["layout"].get("title") or ""
+    text = re.sub(r"<[^>]+>", " ", title.get("text") or "" if isinstance(title, dict) else title)
+    label = html.escape(" ".join(text.split()) or "figure", quote=True)
     return (
-        f'<div id="{element}" style="height:{height}px;width:100%"></div>'
+        f'<div id="{element}" role="img" aria-label="{label}" style="height:{height}px;width:100%"></div>'
         f'<script>Plotly.newPlot("{element}", {arguments});</script>'
     )
 
@@ -123,10 +136,12 @@ def index_html(runs: Sequence[NotebookRun], out: Path, profile: str) -> str:
         rows.append(f'<tr><td>{link}</td><td>{verdict}</td><td class="n">{run.seconds:.1f}</td><td>{numbers}</td></tr>')
         if run.error is not None:
             failures.append(f"<h2>{html.escape(run.name)}</h2><pre>{html.escape(run.error)}</pre>")
+    failed = sum(run.error is not None for run in runs)
+    total = f"{len(runs)} notebooks, {failed} failed, {sum(run.seconds for run in runs):.0f} s of notebook time"
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>recsys_edu: executed notebooks</title><style>{INDEX_STYLE}</style>"
-        f"<h1>Executed notebooks</h1><p>Profile: <code>{html.escape(profile)}</code></p>"
+        f"<h1>Executed notebooks</h1><p>Profile: <code>{html.escape(profile)}</code>. {total}.</p>"
         "<table><tr><th>notebook</th><th>outcome</th><th>seconds</th><th>recorded numbers</th></tr>"
         f"{''.join(rows)}</table>{''.join(failures)}</html>"
     )
