@@ -90,8 +90,8 @@ def scaling_figure(weak: Sequence[ScalingPoint], strong: Sequence[ScalingPoint],
     title = f"Scaling{f' of {name}' if name else ''}<br>predicted, planned anew for every number of ranks{note}"
     styled(figure, title, height=500)
     figure.update_xaxes(type="log", dtick=0.30103, tickformat="d", title_text="ranks", tickangle=-60)
-    figure.update_yaxes(type="log", row=1, col=1, title_text="ms per step", dtick="D2")
-    figure.update_yaxes(type="log", row=1, col=2, title_text="examples per second", dtick="D2", exponentformat="SI")
+    figure.update_yaxes(type="log", row=1, col=1, title_text="ms per step", dtick=0.30103, tickformat=".2~g")
+    figure.update_yaxes(type="log", row=1, col=2, title_text="examples per second", dtick=1, exponentformat="SI")
     figure.update_layout(legend={"orientation": "h", "y": -0.42}, margin={"t": 110, "b": 150})
     return figure
 

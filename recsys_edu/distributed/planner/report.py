@@ -223,8 +223,9 @@ class PlannedSharding(ShardingPlan):
         for name in changes:
             if name not in units:
                 raise KeyError(f"no table {name!r} in the plan; its tables are {list(units)[:20]}")
-            if not isinstance(changes[name], (tuple, list)) or len(changes[name]) != 2:
-                raise ValueError(f"table {name!r}: expected (sharding type, ranks), got {changes[name]!r}")
+            change = changes[name]
+            if not isinstance(change, (tuple, list)) or len(change) != 2 or not hasattr(change[1], "__len__"):
+                raise ValueError(f"table {name!r}: expected (sharding type, list of ranks), got {change!r}")
             state.remove(units[name])
         for name, (sharding_type, ranks) in changes.items():
             unit, column = units[name], self._column(name, units[name], sharding_type)

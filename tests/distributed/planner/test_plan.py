@@ -299,8 +299,9 @@ def test_what_if() -> None:
     assert plan.what_if(alternatives) > plan.cost_ms
     with pytest.raises(KeyError, match="no table 'absent'"):
         plan.what_if({"absent": ("row_wise", [0, 1])})
-    with pytest.raises(ValueError, match="table 't0': expected \\(sharding type, ranks\\), got 'table_wise'"):
-        plan.what_if({"t0": "table_wise"})
+    for malformed in ("table_wise", ("table_wise", 0), ("table_wise",)):
+        with pytest.raises(ValueError, match="table 't0': expected \\(sharding type, list of ranks\\), got"):
+            plan.what_if({"t0": malformed})
     with pytest.raises(PlannerError, match="expected 2 of the ranks 0 to 1, got \\[0\\]"):
         plan.what_if({"t0": ("row_wise", [0])})
     with pytest.raises(PlannerError, match="cannot be column_wise: the same as table_wise"):
