@@ -22,19 +22,19 @@ from recsys_edu.sparse.jagged_tensor import JaggedTensor
 class SequenceSettings:
     """Everything that decides what a sequence model learns, apart from the data.
 
-    An epoch is one random stretch of every user. The learning rate rises over `warmup_epochs` and then falls to a
-    tenth along a cosine. mask_share concerns BERT4Rec alone.
+    An epoch is one random stretch of every user. The learning rate rises over `warmup_epochs` and stays. mask_share
+    concerns BERT4Rec alone. The defaults were chosen by Hit@10 on the validation part of MovieLens-100K.
     """
 
     model: Literal["sasrec", "bert4rec"] = "sasrec"
     dim: int = 64
     num_blocks: int = 2
     num_heads: int = 2
-    dropout: float = 0.3
+    dropout: float = 0.2
     max_length: int = 50
     batch_size: int = 64
-    epochs: int = 50
-    learning_rate: float = 1e-3
+    epochs: int = 30
+    learning_rate: float = 3e-3
     warmup_epochs: int = 3
     mask_share: float = 0.3
     seed: int = 0
@@ -104,10 +104,7 @@ def train_sequences(
 
 def rate_of_epoch(epoch: int, settings: SequenceSettings) -> float:
     """The learning rate of an epoch as a share of the highest one."""
-    if epoch < settings.warmup_epochs:
-        return (epoch + 1) / settings.warmup_epochs
-    done = (epoch - settings.warmup_epochs) / max(settings.epochs - settings.warmup_epochs, 1)
-    return 0.55 + 0.45 * float(torch.cos(torch.tensor(torch.pi * done)))
+    return min(1.0, (epoch + 1) / max(settings.warmup_epochs, 1))
 
 
 @torch.no_grad()
