@@ -67,6 +67,16 @@ EXPECTED = {
         "rating RMSE of biases": (0.93, 0.955),
         "share of science fiction, horror, action, thriller in a fan's list": (0.3, 1.0),
     },
+    "05_sequences": {
+        "EASE: Hit@10": (0.138, 0.144),
+        "popularity: Hit@10": (0.083, 0.089),
+        "pairs compared, padded over ragged": (1.3, 2.5),
+        "pairs computed in groups, over ragged": (1.0, 1.3),
+        "SASRec: Hit@10": (0.135, 0.21),
+        "SASRec, order lost: Hit@10": (0.06, 0.135),
+        "share of science fiction, action, horror in a fan's list": (0.4, 1.0),
+        "BERT4Rec: Hit@10": (0.05, 0.2),
+    },
     "10_talking_ranks": {
         "bytes of embeddings per byte of ids": (10.0, 11.5),
         "share of moved bytes that cross hosts": (0.66, 0.674),
