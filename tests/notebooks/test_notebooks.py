@@ -146,6 +146,22 @@ EXPECTED = {
         "AUC lost with half of the films' rows": (-0.01, 0.02),
         "largest difference, two devices and one": (0.0, 1e-5),
     },
+    "21_quantised_inference": {
+        "AUC, int8": (0.785, 0.82),
+        "time of 256 examples over time of one": (1.0, 60.0),
+        "largest difference, two devices and one": (0.0, 1e-4),
+        "largest difference, package and model": (0.0, 1e-4),
+        "simulated gain from batching": (1.5, 32.1),
+        "largest difference, server and model": (0.0, 1e-4),
+        "answers a second with batching over one by one": (0.7, 60.0),
+        "median ms of a lone client": POSITIVE,
+    },
+    "30_to_production": {
+        "ranks on two hosts": (2, 2),
+        "sum on every rank": (24, 24),
+        "lines that change": (4, 4),
+        "AUC on two launchers": (0.6, 0.82),
+    },
 }
 
 
@@ -154,14 +170,16 @@ def name_of(path):
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """All notebooks, executed once through the runner, by path."""
+def runs(tmp_path_factory, request):
+    """The notebooks of the selected tests, executed once through the runner, by path."""
+    users = [item for item in request.session.items if "runs" in item.fixturenames]
+    wanted = [path for path in EVERY if any(item.callspec.params["path"] == path for item in users)]
     try:
         fetch_movielens_100k()
     except DataUnavailableError as error:
         pytest.skip(f"the notebooks read MovieLens-100K: {error}")
     out = tmp_path_factory.mktemp("notebooks")
-    return dict(zip(EVERY, run_notebooks(EVERY, {"profile": "ci"}, out, timeout_s=600)))
+    return dict(zip(wanted, run_notebooks(wanted, {"profile": "ci"}, out, timeout_s=600)))
 
 
 @pytest.mark.notebook
