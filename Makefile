@@ -2,7 +2,7 @@
 # Needs Python 3.11 or newer and nothing else. Windows: the plain commands stand in README.md.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab check bench doctor clean-notebooks readme site student
+.PHONY: help demo test lab check bench gpu-check doctor clean-notebooks readme site student
 
 VENV := .venv/bin
 RUN := $(VENV)/python
@@ -46,6 +46,10 @@ check:  ## linter, formatting, committed notebooks clean, README's generated par
 bench:  ## measure against raw FBGEMM, plain PyTorch and, where installed, TorchRec
 	$(call setup,notebooks$(comma)dev)
 	@$(RUN) -m recsys_edu.notebook.cli bench $(ARGS)
+
+gpu-check:  ## on a machine with an NVIDIA GPU: check kernels, sharding, pipeline, quantised inference; measure them
+	$(call setup,notebooks$(comma)dev)
+	@$(RUN) scripts/gpu_check.py $(ARGS)
 
 doctor:  ## what is installed, which kernels run, and what to do about each mismatch
 	$(call setup,notebooks)

@@ -87,8 +87,9 @@ def gates(rows: Sequence[dict[str, Any]]) -> list[Gate]:
     alone = by_key["batched", 1]
     crowd = max(clients for _, clients in by_key if clients <= MOST_CLIENTS)
     gain = by_key["batched", crowd]["answers/s"] / by_key["one by one", crowd]["answers/s"]
+    overhead = max(alone["p50 ms"] - alone["bare model ms"], 1e-3)  # the noise of two medians can exceed it
     return [
-        Gate("ms at the median over the bare model", alone["p50 ms"] - alone["bare model ms"], at_most=2.0),
+        Gate("ms at the median over the bare model", overhead, at_most=2.0),
         Gate(f"times the answers of one by one, {crowd} clients", gain, at_least=5.0),
     ]
 

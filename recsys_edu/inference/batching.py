@@ -8,8 +8,8 @@ batches, and a batch of 32 costs an embedding model hardly more than a batch of 
 company; rarely worth it, and off by default.
 
 The model runs on the event loop itself. In a thread of its own it would hand Python's lock back and forth with the loop
-at every operator, which made batches of a DLRM several times slower when 32 clients asked. `in_thread` is for models that
-take long: the loop then goes on refusing requests and answering /health meanwhile.
+at every operator, which made batches of a DLRM several times slower when 32 clients asked. `in_thread` is for models
+that take long: the loop then goes on refusing requests and answering /health meanwhile.
 
 The queue is bounded: past `max_pending` examples a request is refused at once, with 429, rather than answered too late.
 """

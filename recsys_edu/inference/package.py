@@ -9,7 +9,7 @@ compiler is at hand.
     package.predict(dense_BI, lengths_FB, [values_N, ...])          # -> scores [B]
 
     program = torch.export.load("film.pt2").module()                # anywhere, with torch alone
-    program(dense_BI, lengths_FB, [values_N, ...])                  # ("fbgemm" packages: import fbgemm_gpu first)
+    program(dense_BI, lengths_FB, [values_N, ...])                  # int64; "fbgemm": import fbgemm_gpu first
 
 The ids of a request come feature by feature, so no graph has to cut one tensor at places that only its data knows.
 Inside, an id outside its table finds zeros, as -1 does: a graph that runs far from here must not read foreign memory.
@@ -360,8 +360,8 @@ class Package:
 
         Args:
             dense_BI: float32, [B, 0] for a model without dense inputs.
-            lengths_FB: int64, how many ids each example has of each feature.
-            values: per feature its ids, int64, example after example.
+            lengths_FB: int64 or int32, how many ids each example has of each feature.
+            values: per feature its ids, int64 or int32, example after example.
 
         Raises:
             ValueError: shapes that do not fit each other or the model.
@@ -384,7 +384,9 @@ class Package:
         if batch_size == 0:  # machine code of AOTInductor does not expect this
             return dense_BI.new_zeros(0)
         with torch.inference_mode():
-            return self.program(dense_BI, lengths_FB, list(values))
+            return self.program(
+                dense_BI.float(), lengths_FB.long(), [ids.long() for ids in values]
+            )  # what graphs expect
 
 
 def load_package(path: str | Path) -> Package:

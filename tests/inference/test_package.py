@@ -70,11 +70,13 @@ def test_answers_are_the_models(tmp_path: Path, kernels: str, options: dict) -> 
     for lengths_FB in (
         torch.tensor([[1], [0], [2]]),
         torch.zeros(3, 1, dtype=torch.int64),
-        torch.randint(0, 4, (3, 17)),
         torch.zeros(3, 0, dtype=torch.int64),
+        torch.randint(0, 4, (3, 17)),
     ):
         batch = request(lengths_FB)
         torch.testing.assert_close(package.predict(*batch), scores_of(model, *batch))
+    narrow = (batch[0].double(), batch[1].int(), [ids.int() for ids in batch[2]])
+    torch.testing.assert_close(package.predict(*narrow), scores_of(model, *batch))
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]  # nothing is left aside
 
 
