@@ -26,7 +26,14 @@ copybutton_exclude = ".linenos, .gp, .go"
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
 nb_merge_streams = True
-suppress_warnings = ["mystnb.unknown_mime_type", "myst.xref_missing", "myst.header", "docutils", "ref.ref"]
+suppress_warnings = [
+    "mystnb.unknown_mime_type",
+    "myst.xref_missing",
+    "myst.header",
+    "docutils",
+    "ref.ref",
+    "ref.python",
+]
 
 # the reference, from docstrings
 default_role = "code"
@@ -50,7 +57,7 @@ def keep_pictures(_app, _what, _name, _object, _options, lines: list[str]) -> No
         after_blank = index > 0 and not lines[index - 1].strip()
         before = next((each for each in reversed(lines[:index]) if each.strip()), "")
         if indented and after_blank and not inside and not SECTION.match(before) and not before.startswith("    "):
-            kept += ["::", ""]
+            kept += [".. code-block:: text", ""]
             inside = True
         elif line.strip() and not indented:
             inside = False

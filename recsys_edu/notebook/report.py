@@ -112,7 +112,8 @@ def figure_html(figure: Any, element: str) -> str:
     """A plotly figure (its JSON form) as a placeholder and the call that draws it."""
     height = figure.get("layout", {}).get("height", 450)
     arguments = ", ".join(
-        json.dumps(part).replace("</", "<\\/") for part in (figure["data"], figure["layout"], {"responsive": True})
+        json.dumps(part).replace("</", "<\\/")
+        for part in (figure["data"], figure["layout"], {"responsive": True, "displaylogo": False})
     )
     title = figure["layout"].get("title") or ""
     text = re.sub(r"<[^>]+>", " ", title.get("text") or "" if isinstance(title, dict) else title)
