@@ -195,7 +195,7 @@ def test_two_collectives_in_and_one_per_pattern_out(kind: str, weighted: bool) -
     outputs = ["pooled embeddings", "partial sums inside hosts", "sums between hosts"]
     inputs = [label for label in labels if label not in outputs]
     assert inputs == ["sizes", "lengths and ids", *(["weights"] if weighted else [])]
-    uses_hosts = kind in ("table_row_wise", "grid", "mixed")
+    uses_hosts = kind in ("table_row_wise", "last_host", "grid", "mixed")
     returned = outputs if uses_hosts else outputs[:1]
     # Of data-parallel copies every rank keeps its own answers: none come back.
     assert [label for label in labels if label in outputs] == ([] if kind == "data_parallel" else returned)
