@@ -81,7 +81,7 @@ def write_notebook(source: Path, executed: Path, target: Path) -> bool:
     for cell in notebook.cells:
         cell.metadata.pop("collapsed", None)
         if cell.cell_type == "markdown":
-            cell.source = re.sub(r"^Solutions?: .*$\n?", "", cell.source, flags=re.MULTILINE)
+            cell.source = re.sub(r"^.*notebooks/solutions/.*$\n?", "", cell.source, flags=re.MULTILINE)
     nbformat.write(notebook, target)
     return current
 

@@ -24,6 +24,10 @@ HINTS_SHOWN = "_recsys_edu_hints_shown"
 class CheckFailed(AssertionError):
     """An answer differs from the reference; the message says on which input, what was expected, what was got."""
 
+    def _render_traceback_(self) -> list[str]:
+        """IPython asks for this: the message alone, for the way through the check is of no use to the reader."""
+        return [f"CheckFailed: {self}"]
+
 
 @dataclass(frozen=True)
 class Exercise:

@@ -6,8 +6,12 @@ the cell, made with the starting values; the sliders beside it only *replace* it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
+
+PLOTLY_MIME = "application/vnd.plotly.v1+json"
+BLANK = '<div style="min-height:12em"></div>'
 
 
 def explore(draw: Callable[..., Any], /, **controls: Any) -> None:
@@ -37,13 +41,37 @@ def explore(draw: Callable[..., Any], /, **controls: Any) -> None:
 
         layout = ipywidgets.Layout(display="flex", flex_flow="row wrap")
         display(ipywidgets.Box(list(sliders.values()), layout=layout))
-    drawing = display(draw(**starts), display_id=True)
+    replace = show_replaceable(draw(**starts))
 
     def redraw(_change: Mapping[str, Any]) -> None:
-        drawing.update(draw(**{name: slider.value for name, slider in sliders.items()}))
+        replace(draw(**{name: slider.value for name, slider in sliders.items()}))
 
     for slider in sliders.values():
         slider.observe(redraw, names="value")
+
+
+def show_replaceable(drawn: Any) -> Callable[[Any], None]:
+    """Display something in a notebook; calling what this returns puts something else in its place.
+
+    A plotly figure shows itself when it is displayed and knows nothing of places, so its data is displayed instead.
+    JupyterLab's renderer of that data draws once; output of another kind in between makes a new one.
+    """
+    from IPython.display import display
+
+    def displayed(thing: Any) -> dict[str, Any]:
+        if not hasattr(thing, "to_plotly_json"):
+            return {"obj": thing}
+        bundle = {PLOTLY_MIME: json.loads(thing.to_json()), "text/plain": "a figure of plotly"}
+        return {"obj": bundle, "raw": True}
+
+    first = displayed(drawn)
+    place = display(first.pop("obj"), display_id=True, **first)
+
+    def replace(thing: Any) -> None:
+        place.update({"text/html": BLANK, "text/plain": ""}, raw=True)
+        place.update(**displayed(thing))
+
+    return replace
 
 
 def _start(name: str, control: Any) -> Any:

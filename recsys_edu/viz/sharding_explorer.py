@@ -32,7 +32,7 @@ from recsys_edu.distributed.sharding_plan import (
 from recsys_edu.distributed.simulation import forward_all, simulate
 from recsys_edu.modules.embedding_configs import EmbeddingBagConfig
 from recsys_edu.modules.embedding_modules import EmbeddingBagCollection
-from recsys_edu.notebook.explore import explore
+from recsys_edu.notebook.explore import explore, show_replaceable
 from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor
 from recsys_edu.viz.theme import INK, VERMILLION, styled
 from recsys_edu.viz.tiling import tiling_figure
@@ -262,9 +262,9 @@ def draw_your_own(picture: str, **sizes: Any) -> None:
     field = _text_field(picture)
     if field is not None:
         display(field)
-    drawing = display(drawing_figure(picture, **sizes), display_id=True)
+    replace = show_replaceable(drawing_figure(picture, **sizes))
     if field is not None:
-        field.observe(lambda change: drawing.update(drawing_figure(change["new"], **sizes)), names="value")
+        field.observe(lambda change: replace(drawing_figure(change["new"], **sizes)), names="value")
 
 
 def message_figure(title: str, message: str) -> Figure:

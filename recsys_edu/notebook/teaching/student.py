@@ -24,7 +24,7 @@ FOLDER_IN_ZIP = "recsys_edu-course"
 WHOLE_FILES = ("LICENSE", "GLOSSARY.md", "Makefile", "pyproject.toml", "environment.yml", "data/README.md")
 SCRIPTS = ("scripts/setup_env.py",)
 PACKAGE = ("*.py", "py.typed")
-SOLUTION_LINE = re.compile(r"^Solutions?: .*$\n?", re.MULTILINE)
+SOLUTION_LINE = re.compile(r"^.*notebooks/solutions/.*$\n?", re.MULTILINE)
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # so that equal contents make equal zips
 
 README = r"""# The course
