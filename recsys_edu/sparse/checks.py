@@ -47,9 +47,7 @@ def checks_apply(what: str, values: object) -> bool:
 def refuse_data(what: str, name: str, part: object) -> None:
     """Lists and arrays are data, not yet tensors; anything else unknown is a stand-in of one, such as a fx.Proxy."""
     if isinstance(part, (list, tuple)) or type(part).__module__ == "numpy":
-        raise JaggedTypeError(
-            f"{what}: {name} must be a tensor, got {type(part).__name__}. Use torch.tensor({name})."
-        )
+        raise JaggedTypeError(f"{what}: {name} must be a tensor, got {type(part).__name__}. Use torch.tensor({name}).")
 
 
 def check_keys(keys: object) -> None:
