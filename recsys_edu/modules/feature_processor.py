@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from recsys_edu.modules.feature_processor_ import (
     check_max_lengths,
+    empty_position_weights,
     position_in_bag,
+    set_to_one,
     weights_by_position,
     with_position_weights,
 )
@@ -63,16 +65,12 @@ class PositionWeightedModule(BaseFeatureProcessor):
     def __init__(self, max_feature_lengths: dict[str, int], device: torch.device | None = None) -> None:
         super().__init__()
         self.max_feature_lengths = check_max_lengths(max_feature_lengths)
-        self.position_weights = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(length, device=device)) for name, length in max_feature_lengths.items()}
-        )
+        self.position_weights = empty_position_weights(max_feature_lengths, device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """All weights back to 1."""
-        with torch.no_grad():
-            for weight_M in self.position_weights.values():
-                weight_M.fill_(1.0)
+        set_to_one(self.position_weights)
 
     def forward(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
         processed = dict(features)

@@ -118,16 +118,12 @@ class PositionWeightedModuleCollection(FeatureProcessorsCollection, CopyMixIn):
     def __init__(self, max_feature_lengths: dict[str, int], device: torch.device | None = None) -> None:
         super().__init__()
         self.max_feature_lengths = check_max_lengths(max_feature_lengths)
-        self.position_weights = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(length, device=device)) for name, length in max_feature_lengths.items()}
-        )
+        self.position_weights = empty_position_weights(max_feature_lengths, device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """All weights back to 1."""
-        with torch.no_grad():
-            for weight_M in self.position_weights.values():
-                weight_M.fill_(1.0)
+        set_to_one(self.position_weights)
 
     @property
     def position_weights_dict(self) -> dict[str, nn.Parameter]:
@@ -148,6 +144,20 @@ class PositionWeightedModuleCollection(FeatureProcessorsCollection, CopyMixIn):
     def pre_process_input(self, features: KeyedJaggedTensor) -> None:
         """Compute the offsets now, so that `forward` finds them there."""
         features.offsets()
+
+
+def empty_position_weights(max_feature_lengths: Mapping[str, int], device: torch.device | None) -> nn.ParameterDict:
+    """One uninitialised weight per place, by feature."""
+    return nn.ParameterDict(
+        {name: nn.Parameter(torch.empty(length, device=device)) for name, length in max_feature_lengths.items()}
+    )
+
+
+@torch.no_grad()
+def set_to_one(weights: nn.ParameterDict) -> None:
+    """The first values of position weights."""
+    for weight_M in weights.values():
+        weight_M.fill_(1.0)
 
 
 def check_max_lengths(max_feature_lengths: Mapping[str, int]) -> dict[str, int]:
