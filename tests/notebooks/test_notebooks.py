@@ -172,7 +172,7 @@ def name_of(path):
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, request):
     """The notebooks of the selected tests, executed once through the runner, by path."""
-    users = [item for item in request.session.items if "runs" in item.fixturenames]
+    users = [item for item in request.session.items if item.path == Path(__file__) and "runs" in item.fixturenames]
     wanted = [path for path in EVERY if any(item.callspec.params["path"] == path for item in users)]
     try:
         fetch_movielens_100k()
