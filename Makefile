@@ -40,6 +40,7 @@ check:  ## linter, formatting, committed notebooks clean, README's generated par
 	$(call setup,notebooks$(comma)dev)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
+	@$(RUN) scripts/setup_cells.py --check
 	@$(RUN) scripts/clean_notebooks.py --check
 	@$(RUN) scripts/readme.py --check
 
@@ -55,8 +56,9 @@ doctor:  ## what is installed, which kernels run, and what to do about each mism
 	$(call setup,notebooks)
 	@$(RUN) -m recsys_edu.notebook.cli doctor
 
-clean-notebooks:  ## take outputs and stray metadata out of the notebooks before a commit
+clean-notebooks:  ## before a commit: no outputs, no stray metadata, set-up cells as scripts/setup_cells.py writes them
 	$(call setup,notebooks)
+	@$(RUN) scripts/setup_cells.py
 	@$(RUN) scripts/clean_notebooks.py
 
 readme:  ## rewrite the README's generated parts: reading order and measured results
