@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 LONGEST_OPEN_TABLE = 12  # rows
+FIRST_NOTEBOOK = "notebooks/00_start_here.ipynb"
 
 READING_ORDER = {
     "Data that comes in": [
@@ -85,8 +86,18 @@ def reading_order() -> str:
 
 
 def notebooks() -> str:
-    """The table of notebooks, from the title and the promise in the first cell of each."""
+    """The table of notebooks, from the title and the promise in the first cell of each.
+
+    Where pyproject.toml declares a public address, a badge of Binder stands above it and a link to Colab in each row.
+    """
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from setup_cells import binder_link, colab_link, repository
+
+    address = repository(ROOT)
     lines = ["| notebook | its promise | time |", "|---|---|---|"]
+    if address is not None:
+        badge = f"[![Binder](https://mybinder.org/badge_logo.svg)]({binder_link(address, FIRST_NOTEBOOK)})"
+        lines = [badge, "", *lines]
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
         title = re.search(r"^# (.+)$", first, re.MULTILINE)
@@ -94,7 +105,8 @@ def notebooks() -> str:
         minutes = re.search(r"^\| Time \| (.+?) \|$", first, re.MULTILINE)
         if not (title and promise and minutes):
             raise ValueError(f"{path}: the first cell needs '# title', '**The promise:** ...' and '| Time | ... |'")
-        lines.append(f"| [{title[1]}](notebooks/{path.name}) | {promise[1]} | {minutes[1]} |")
+        colab = f" ([Colab]({colab_link(address, f'notebooks/{path.name}')}))" if address is not None else ""
+        lines.append(f"| [{title[1]}](notebooks/{path.name}){colab} | {promise[1]} | {minutes[1]} |")
     return "\n".join(lines)
 
 
