@@ -28,8 +28,8 @@ demo:  ## train DLRM on MovieLens-100K in notebook 00, then sharded on two ranks
 	$(call setup,notebooks)
 	@$(RUN) -m recsys_edu.notebook.cli demo
 
-test:  ## the whole test suite, notebooks included (ARGS="-k jagged" narrows it)
-	$(call setup,notebooks$(comma)dev)
+test:  ## the whole test suite, notebooks, site and browser included (ARGS="-k jagged" narrows it)
+	$(call setup,notebooks$(comma)dev$(comma)site$(comma)browser)
 	@$(RUN) -m pytest $(ARGS)
 
 lab:  ## JupyterLab on the notebooks

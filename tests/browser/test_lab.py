@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import json
 import re
+import shlex
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from contextlib import suppress
-from pathlib import Path
 
 import nbformat
 import pytest
+from lab_server import ROOT, free_port, lab_options, serve
 from nbformat.v4 import new_code_cell, new_notebook
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: browser)")
-
-ROOT = Path(__file__).resolve().parents[2]
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--no-first-run",
-]  # fmt: skip
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(500)]
 STEPS = [
     "from recsys_edu.notebook import check, exercise, explore, hint\nimport torch, plotly.graph_objects as go",
     "explore(lambda bars: go.Figure(go.Bar(y=list(range(bars)))).update_layout(title=f'{bars} bars'), bars=(1, 9, 4))",
@@ -32,72 +23,106 @@ STEPS = [
     "hint('01.1')",
     "check('01.1', lambda lengths: torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))",
 ]
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.timeout(400),
-    pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed"),
-]
 
 
 @pytest.fixture
-def lab(tmp_path):
-    """The address of a JupyterLab over a folder with one notebook."""
+def expect(browser):
+    from playwright.sync_api import expect
+
+    return expect
+
+
+def wait_for_kernel(page):
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    # keys that come before the kernel does are lost
+    page.get_by_text(re.compile(r"\| Idle")).first.wait_for()
+
+
+def test_a_students_hour(open_page, expect, picture, tmp_path):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
     notebook = new_notebook(cells=[new_code_cell(text) for text in STEPS])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, tmp_path / "steps.ipynb")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", f"--port={port}", f"--notebook-dir={tmp_path}"]
-    command += ["--IdentityProvider.token=", "--allow-root", "--LabApp.collaborative=False"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}
-    with (tmp_path / "lab.log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        try:
-            deadline = time.monotonic() + 120
-            while time.monotonic() < deadline and server.poll() is None:
-                with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5):
-                    break
-                time.sleep(0.3)
-            yield f"http://127.0.0.1:{port}/lab/tree/steps.ipynb"
-        finally:
-            server.terminate()
-            server.wait(30)
-
-
-def test_a_students_hour(lab, tmp_path):
-    errors = []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1400, "height": 1600})
-        page.set_default_timeout(60_000)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(lab)
-        page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-        # keys that come before the kernel does are lost
-        page.get_by_text(re.compile(r"\| Idle")).first.wait_for()
-
+    nbformat.write(notebook, folder / "steps.ipynb")
+    port = free_port()
+    command = [sys.executable, "-m", "jupyter", "lab", *lab_options(port)]
+    with serve(command, folder, port, tmp_path / "lab.log") as address:
+        page, seen = open_page()
+        page.goto(f"{address}/lab/tree/steps.ipynb")
+        wait_for_kernel(page)
         for cell in range(len(STEPS)):  # Shift+Enter in each: a wrong answer stops "run all", as it should
             page.locator(".jp-Notebook .jp-CodeCell .cm-content").nth(cell).click()
             page.keyboard.press("Shift+Enter")
             prompt = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt").nth(cell)
-            playwright.expect(prompt).to_have_text(re.compile(r"\[\d+\]:"), timeout=60_000)
+            expect(prompt).to_have_text(re.compile(r"\[\d+\]:"), timeout=90_000)
 
         title = page.locator(".js-plotly-plot .gtitle").first
-        playwright.expect(title).to_have_text("4 bars")
+        expect(title).to_have_text("4 bars")
         handle = page.locator(".jp-CodeCell .noUi-handle").first
         track = page.locator(".jp-CodeCell .noUi-target").first.bounding_box()
         handle.hover()
         page.mouse.down()
         page.mouse.move(track["x"] + track["width"], track["y"] + track["height"] / 2, steps=5)
         page.mouse.up()
-        playwright.expect(page.locator(".widget-readout").first).to_have_text("9")
-        playwright.expect(page.locator(".js-plotly-plot .gtitle").first).to_have_text("9 bars", timeout=30_000)
+        expect(page.locator(".widget-readout").first).to_have_text("9")
+        expect(page.locator(".js-plotly-plot .gtitle").first).to_have_text("9 bars", timeout=30_000)
 
         outputs = page.locator(".jp-Notebook .jp-CodeCell")
-        playwright.expect(outputs.nth(2)).to_contain_text("Exercise 01.1: not yet")
-        playwright.expect(outputs.nth(3)).to_contain_text("hint 1 of")
-        playwright.expect(outputs.nth(4)).to_contain_text("Exercise 01.1: correct")
-        page.screenshot(path=os.environ.get("RECSYS_EDU_SCREENSHOT", str(tmp_path / "lab.png")))
-        browser.close()
-    assert not errors
+        expect(outputs.nth(2)).to_contain_text("Exercise 01.1: not yet")
+        expect(outputs.nth(3)).to_contain_text("hint 1 of")
+        expect(outputs.nth(4)).to_contain_text("Exercise 01.1: correct")
+        picture(page, "students_hour")
+    assert not seen.errors and not seen.elsewhere
+
+
+def command_of_make_lab(port):
+    """What `make lab` runs at last, with this interpreter in place of the one it would set up."""
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    options = shlex.join(lab_options(port))
+    ran = subprocess.run(["make", "-n", "lab", f"ARGS={options}"], cwd=ROOT, capture_output=True, text=True, check=True)
+    interpreter, *rest = shlex.split(ran.stdout.strip().splitlines()[-1])
+    assert interpreter.endswith("python") and rest[:3] == ["-m", "jupyter", "lab"]
+    return [sys.executable, *rest]
+
+
+def test_make_lab_opens_notebook_00_with_the_right_kernel_and_all_its_cells_run(open_page, expect, picture, tmp_path):
+    folder = tmp_path / "course"
+    (folder / "notebooks").mkdir(parents=True)
+    notebook = nbformat.read(ROOT / "notebooks" / "00_start_here.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", ()):
+            cell.source = 'profile = "ci"'
+    notebook.cells.append(new_code_cell("import sys\nprint('kernel:', sys.executable)"))
+    opened = folder / "notebooks" / "00_start_here.ipynb"
+    nbformat.write(notebook, opened)
+    # a kernel of that name which somebody registered for another Python
+    other = tmp_path / "data" / "kernels" / "python3"
+    other.mkdir(parents=True)
+    spec = {"argv": ["/nowhere/python", "-m", "ipykernel_launcher", "-f", "{connection_file}"], "language": "python"}
+    other.joinpath("kernel.json").write_text(json.dumps(spec | {"display_name": "another Python"}))
+
+    port = free_port()
+    with serve(command_of_make_lab(port), folder, port, tmp_path / "lab.log") as address:
+        page, seen = open_page()
+        page.goto(address)
+        wait_for_kernel(page)
+        assert page.url.endswith("/lab/tree/00_start_here.ipynb")
+        expect(page.locator(".jp-Notebook h1").first).to_contain_text("00 Start here")
+        (session,) = json.load(urllib.request.urlopen(f"{address}/api/sessions"))
+        assert session["path"] == "00_start_here.ipynb" and session["kernel"]["name"] == "python3"
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        expect(page.locator(".jp-Notebook .jp-CodeCell").last).to_contain_text(
+            f"kernel: {sys.executable}", timeout=300_000
+        )
+        assert page.locator(".jp-Notebook .js-plotly-plot .gtitle").count() >= 2
+        assert page.locator('.jp-Notebook [data-mime-type="application/vnd.jupyter.error"]').count() == 0
+        page.locator(".jp-Notebook .js-plotly-plot").first.scroll_into_view_if_needed()
+        picture(page, "make_lab")
+        page.keyboard.press("Control+s")
+        expect(page.locator(".jp-mod-dirty")).to_have_count(0)
+    executed = [cell for cell in nbformat.read(opened, as_version=4).cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in executed)
+    assert not [output for cell in executed for output in cell.outputs if output.output_type == "error"]
+    assert not seen.errors and not seen.elsewhere
