@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_edu.modules.embedding_configs import BaseEmbeddingConfig
+from recsys_edu.modules.zero_collision_hash import murmur_hash3
 from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 NO_ID = torch.iinfo(torch.int64).max  # marks a free place; sorts behind every id
@@ -125,8 +126,8 @@ class DistanceLFU_EvictionPolicy(MCHEvictionPolicy):
 class ManagedCollisionModule(nn.Module, abc.ABC):
     """Base: raw ids of one table's features in, row numbers out.
 
-    `mutate_miss_lengths`, `write_weights` and the last three arguments are accepted for TorchRec's callers:
-    an id without a row never changes lengths here.
+    `mutate_miss_lengths` tells a module that drops ids without a row to shorten their bags; otherwise they are -1.
+    `write_weights` and the last three arguments are accepted for TorchRec's callers.
     """
 
     def __init__(
@@ -144,6 +145,10 @@ class ManagedCollisionModule(nn.Module, abc.ABC):
     @property
     def device(self) -> torch.device:
         return self._device
+
+    def preprocess(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
+        """What raw ids go through before anything else; here nothing."""
+        return features
 
     @abc.abstractmethod
     def profile(self, features: dict[str, JaggedTensor]) -> dict[str, JaggedTensor]:
@@ -171,8 +176,32 @@ class ManagedCollisionModule(nn.Module, abc.ABC):
     def open_slots(self) -> Tensor:
         """Number of rows that no id owns, `[1]`."""
 
+    @abc.abstractmethod
+    def home_rows(self, ids_N: Tensor) -> Tensor:
+        """For every (preprocessed) id a row of the whole table; who holds that row manages the id."""
+
+    @abc.abstractmethod
+    def rebuild_with_output_id_range(
+        self,
+        output_id_range: tuple[int, int],
+        output_segments: list[int] | None = None,
+        device: torch.device | None = None,
+    ) -> ManagedCollisionModule:
+        """A module like this one for the rows from `output_id_range[0]` to before `output_id_range[1]` only.
+
+        Raises:
+            ValueError: ids that this one manages already cannot be divided that way.
+        """
+
+    def buckets(self) -> int:
+        """How many parts the rows may be cut into without moving any id to another row."""
+        return 1
+
+    def validate_state(self) -> None:
+        """ValueError where the buffers contradict each other, as after loading another module's."""
+
     def forward(self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True) -> dict[str, JaggedTensor]:
-        return self.remap(self.profile(features))
+        return self.remap(self.profile(self.preprocess(features)), mutate_miss_lengths)
 
 
 class MCHManagedCollisionModule(ManagedCollisionModule):
@@ -218,8 +247,7 @@ class MCHManagedCollisionModule(ManagedCollisionModule):
             )
         if mch_size is not None or mch_hash_func is not None:
             raise ValueError("mch_size and mch_hash_func are not supported: make zch_size larger instead")
-        segments = output_segments or [output_global_offset, output_global_offset + zch_size]
-        super().__init__(device, segments)
+        super().__init__(device, output_segments or [output_global_offset, output_global_offset + zch_size])
         self._zch_size, self._policy, self._eviction_interval = zch_size, eviction_policy, eviction_interval
         self._input_hash_size, self._input_hash_func = input_hash_size, input_hash_func
         self._name, self._output_global_offset, self._buckets = name, output_global_offset, buckets
@@ -313,9 +341,6 @@ class MCHManagedCollisionModule(ManagedCollisionModule):
             remapped[name] = _with_values(jt, rows_N + self._output_global_offset)
         return remapped
 
-    def forward(self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True) -> dict[str, JaggedTensor]:
-        return self.remap(self.profile(self.preprocess(features)))
-
     def evict(self) -> Tensor | None:
         given, self._given_away = self._given_away, []
         return torch.cat(given).unique() if given else None
@@ -326,13 +351,63 @@ class MCHManagedCollisionModule(ManagedCollisionModule):
     def input_size(self) -> int:
         return self._input_hash_size
 
-    def buckets(self) -> int:
-        """How many parts the rows may be cut into."""
-        return self._buckets
-
     def open_slots(self) -> Tensor:
         free = (self._mch_sorted_raw_ids == NO_ID).sum() - 1  # the shared row is nobody's, and not open
         return free.reshape(1)
+
+    def buckets(self) -> int:
+        return self._buckets
+
+    def home_rows(self, ids_N: Tensor) -> Tensor:
+        """Equal stretches of the ids below `input_hash_size`; where any 64-bit number may come, of their hashes."""
+        last_row = self._output_segments[-1] - 1
+        if self._input_hash_size == NO_ID:
+            ids_N = murmur_hash3(ids_N) & NO_ID
+        return ids_N.div(-(-self._input_hash_size // (last_row + 1)), rounding_mode="floor").clamp(0, last_row)
+
+    def rebuild_with_output_id_range(
+        self,
+        output_id_range: tuple[int, int],
+        output_segments: list[int] | None = None,
+        device: torch.device | None = None,
+    ) -> MCHManagedCollisionModule:
+        first, stop = output_id_range
+        is_whole = (first, stop - first) == (self._output_global_offset, self._zch_size)
+        if not is_whole and bool((self._mch_sorted_raw_ids != NO_ID).any()):
+            raise ValueError(
+                f"this module manages ids already, and rows {first} to {stop - 1} are not all of its rows: an id may "
+                "have its row anywhere. Divide it before it has seen ids, or take HashZchManagedCollisionModule"
+            )
+        part = MCHManagedCollisionModule(
+            zch_size=stop - first,
+            device=device or self._device,
+            eviction_policy=self._policy,
+            eviction_interval=self._eviction_interval,
+            input_hash_size=self._input_hash_size,
+            input_hash_func=self._input_hash_func,
+            name=self._name,
+            output_global_offset=first,
+            output_segments=output_segments or self._output_segments,
+            buckets=self._buckets,
+        ).train(self.training)
+        if is_whole:
+            part.load_state_dict(self.state_dict())
+        part._current_iter_tensor.copy_(self._current_iter_tensor)
+        return part
+
+    def validate_state(self) -> None:
+        ids_Z, rows_Z = self._mch_sorted_raw_ids, self._mch_remapped_ids_mapping
+        if bool((ids_Z.diff() < 0).any()) or not torch.equal(
+            rows_Z.sort().values, torch.arange(len(rows_Z)).to(rows_Z)
+        ):
+            raise ValueError(f"{self._name or 'managed collision'}: ids are not sorted or two of them share a row")
+
+
+def apply_mc_method_to_jt_dict(
+    mc_module: nn.Module, method: str, features_dict: dict[str, JaggedTensor]
+) -> dict[str, JaggedTensor]:
+    """`mc_module.<method>(features_dict)`: one of `preprocess`, `profile`, `remap`."""
+    return getattr(mc_module, method)(features_dict)
 
 
 def _with_values(jt: JaggedTensor, values: Tensor) -> JaggedTensor:
@@ -386,8 +461,12 @@ class ManagedCollisionCollection(nn.Module):
             if missing:
                 raise KeyError(f"the input has no features {missing}; it has {known}")
             module = self._managed_collision_modules[config.name]
-            remapped.update(module({name: features[name] for name in config.feature_names}))
+            remapped.update(module({name: features[name] for name in config.feature_names}, mutate_miss_lengths))
         return KeyedJaggedTensor.from_jt_dict(remapped)
+
+    def table_to_number_buckets(self) -> dict[str, int]:
+        """By table: how many parts its rows may be cut into without moving any id to another row."""
+        return {name: module.buckets() for name, module in self._managed_collision_modules.items()}
 
     def evict(self) -> dict[str, Tensor | None]:
         """By table: rows with a new owner since the last call."""
