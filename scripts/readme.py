@@ -16,9 +16,11 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 LONGEST_OPEN_TABLE = 12  # rows
@@ -85,19 +87,12 @@ def reading_order() -> str:
     return "\n".join(lines)
 
 
-def notebooks() -> str:
+def notebook_table(colab: Callable[[str], str] | None = None) -> str:
     """The table of notebooks, from the title and the promise in the first cell of each.
 
-    Where pyproject.toml declares a public address, a badge of Binder stands above it and a link to Colab in each row.
+    `colab` makes of a notebook's path the address where Colab opens it.
     """
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from setup_cells import binder_link, colab_link, repository
-
-    address = repository(ROOT)
     lines = ["| notebook | its promise | time |", "|---|---|---|"]
-    if address is not None:
-        badge = f"[![Binder](https://mybinder.org/badge_logo.svg)]({binder_link(address, FIRST_NOTEBOOK)})"
-        lines = [badge, "", *lines]
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
         title = re.search(r"^# (.+)$", first, re.MULTILINE)
@@ -105,9 +100,21 @@ def notebooks() -> str:
         minutes = re.search(r"^\| Time \| (.+?) \|$", first, re.MULTILINE)
         if not (title and promise and minutes):
             raise ValueError(f"{path}: the first cell needs '# title', '**The promise:** ...' and '| Time | ... |'")
-        colab = f" ([Colab]({colab_link(address, f'notebooks/{path.name}')}))" if address is not None else ""
-        lines.append(f"| [{title[1]}](notebooks/{path.name}){colab} | {promise[1]} | {minutes[1]} |")
+        name = f"notebooks/{path.name}"
+        opens = f" ([Colab]({colab(name)}))" if colab is not None else ""
+        lines.append(f"| [{title[1]}]({name}){opens} | {promise[1]} | {minutes[1]} |")
     return "\n".join(lines)
+
+
+def notebooks() -> str:
+    """The table, and where pyproject.toml declares a public address a badge of Binder and links to Colab."""
+    from setup_cells import binder_link, colab_link, repository
+
+    address = repository(ROOT)
+    if address is None:
+        return notebook_table()
+    badge = f"[![Binder](https://mybinder.org/badge_logo.svg)]({binder_link(address, FIRST_NOTEBOOK)})"
+    return f"{badge}\n\n{notebook_table(lambda name: colab_link(address, name))}"
 
 
 def shown(value: object) -> str:

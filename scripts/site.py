@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 BUILD = ROOT / "build" / "site"
 PARTS = {"0": "One process", "1": "Many ranks", "2": "Serving", "3": "To production"}
 DOCUMENTS = {
@@ -33,10 +33,14 @@ PLOTLY = '<script src="../_static/plotly.min.js"></script>'
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)")
 
 
+def without_machinery(cells: Any) -> list[Any]:
+    """The cells that a reader should see: not the parameters that papermill put in, nor the set-up cell."""
+    return [cell for cell in cells if not {"injected-parameters", "setup"} & set(cell.metadata.get("tags", ()))]
+
+
 def code_of(notebook: Any) -> list[str]:
-    """What a notebook runs, without the parameters that papermill put in."""
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    return [cell.source for cell in cells if "injected-parameters" not in cell.metadata.get("tags", ())]
+    """What a notebook runs."""
+    return [cell.source for cell in without_machinery(notebook.cells) if cell.cell_type == "code"]
 
 
 def is_current(source: Path, executed: Path) -> bool:
@@ -71,11 +75,11 @@ def write_notebook(source: Path, executed: Path, target: Path) -> bool:
     current = is_current(source, executed)
     notebook = nbformat.read(executed if current else source, as_version=4)
     profile = notebook.metadata.get("papermill", {}).get("parameters", {}).get("profile", "course")
-    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", ())]
+    notebook.cells = without_machinery(notebook.cells)
     has_figures = still_figures(notebook)
     said = f"Executed in the size <code>{profile}</code>." if current else "Shown without outputs: not executed here."
     download = f'<a href="../_static/notebooks/{source.name}" download>Download the notebook</a>'
-    links = f'<div class="course-links"><span>{said}</span>{download}</div>'
+    links = f'<div class="course-links"><span>{said}</span>{download}{elsewhere(source.name)}</div>'
     note = nbformat.v4.new_markdown_cell(links + (f"\n\n{PLOTLY}" if has_figures else ""))
     notebook.cells.insert(1, note)
     for cell in notebook.cells:
@@ -86,9 +90,20 @@ def write_notebook(source: Path, executed: Path, target: Path) -> bool:
     return current
 
 
+def elsewhere(name: str) -> str:
+    """Links that open a notebook on Colab and on Binder; nothing while pyproject.toml declares no address."""
+    from setup_cells import binder_link, colab_link, repository
+
+    address = repository(ROOT)
+    if address is None:
+        return ""
+    path = f"notebooks/{name}"
+    places = {"Colab": colab_link(address, path), "Binder": binder_link(address, path)}
+    return "".join(f'<a href="{link}">Open on {place}</a>' for place, link in places.items())
+
+
 def write_index(names: list[str], pages: Path) -> None:
     """The first page: what this is, and the notebooks by part."""
-    sys.path.insert(0, str(ROOT / "scripts"))
     import readme
 
     lines = [
@@ -105,8 +120,7 @@ def write_index(names: list[str], pages: Path) -> None:
             lines += [f"```{{toctree}}\n:caption: {part}\n:maxdepth: 1\n:hidden:\n\n{listed}\n```", ""]
     others = "\n".join(name.removesuffix(".md") for name in DOCUMENTS.values() if (pages / name).is_file())
     lines += [f"```{{toctree}}\n:caption: Beside the notebooks\n:maxdepth: 1\n:hidden:\n\n{others}\nreference\n```", ""]
-    table = re.sub(r"\(notebooks/(\w+)\.ipynb\)", r"(notebooks/\1.ipynb)", readme.notebooks())
-    lines += ["## The notebooks", "", table, ""]
+    lines += ["## The notebooks", "", readme.notebook_table(), ""]
     (pages / "index.md").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -154,6 +168,8 @@ def write_documents(pages: Path) -> None:
         (pages / target).write_text(LINK.sub(repoint, source.read_text(encoding="utf-8")), encoding="utf-8")
     for picture in (ROOT / "docs").glob("*.svg"):
         shutil.copy(picture, pages / picture.name)
+    if (ROOT / "docs" / "images").is_dir():
+        shutil.copytree(ROOT / "docs" / "images", pages / "images")
 
 
 def build(executed: Path, out: Path) -> tuple[int, list[str]]:
@@ -180,7 +196,7 @@ def build(executed: Path, out: Path) -> tuple[int, list[str]]:
     command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-d", str(BUILD / "doctrees"), str(pages), str(out)]
     shutil.rmtree(BUILD / "doctrees", ignore_errors=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "FBGEMM_LOG_LEVEL": "ERROR"}
-    return subprocess.run(command, env=environment, check=False).returncode, without
+    return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode, without
 
 
 def main(arguments: list[str] | None = None) -> int:

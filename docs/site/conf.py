@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+
+logging.disable(logging.INFO)  # FBGEMM names every library that it loads
 
 project = "recsys_edu"
 author = "the authors of recsys_edu"
