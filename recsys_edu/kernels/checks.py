@@ -46,22 +46,40 @@ def check_ids(
             f"{num_values}, got {list(lane_offsets)}"
         )
     lengths = [stop - start for start, stop in itertools.pairwise(lane_offsets)]
-    lanes = [(lane, ids) for lane, ids in enumerate(values_N.split(lengths)) if ids.numel()] if features else []
-    if not lanes or _all_within(values_N, min(num_rows[lane] for lane, _ in lanes)):
+    filled = [lane for lane, length in enumerate(lengths) if length] if features else []
+    if not filled:
         return
-    # Lane by lane: slices this small stay on one core, which is fast also where ranks share the cores.
-    extremes = [extreme for _, ids in lanes for extreme in torch.aminmax(ids)]
-    verdict = torch.stack(extremes).tolist()  # host sync: an error has to be raised here, before anything changes
-    for (lane, ids), low, high in zip(lanes, verdict[::2], verdict[1::2]):
+    rows = [num_rows[lane] for lane in filled]
+    # One pass over all ids settles tables of about one size; under sizes that differ it would only come on top.
+    if max(rows) < 2 * min(rows) and _all_within(values_N, min(rows)):
+        return
+    for lane, low, high in zip(filled, *_extremes(values_N, lengths)):
         if low < 0 or high >= num_rows[lane]:
+            ids = values_N[lane_offsets[lane] : lane_offsets[lane + 1]]
             raise _out_of_range(ids, features[lane], tables[lane], num_rows[lane])
 
 
 def _all_within(values_N: Tensor, smallest_num_rows: int) -> bool:
-    """Whether all ids are rows of even the smallest table: one pass, which settles tables of about one size."""
-    pieces = values_N.split(ONE_CORE) if values_N.device.type == "cpu" else [values_N]
+    """Whether all ids are rows of even the smallest table."""
+    pieces = [values_N] if _is_one_piece(values_N) else values_N.split(ONE_CORE)
     verdict = torch.stack([extreme for ids in pieces for extreme in torch.aminmax(ids)]).tolist()  # host sync: as below
     return min(verdict) >= 0 and max(verdict) < smallest_num_rows
+
+
+def _extremes(values_N: Tensor, lengths: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """The smallest and the largest id of every lane that has any."""
+    # host sync: an error has to be raised here, before anything changes
+    if min(lengths) == max(lengths) and _is_one_piece(values_N):
+        lows, highs = torch.stack(torch.aminmax(values_N.view(len(lengths), -1), dim=1)).tolist()
+        return lows, highs
+    extremes = [extreme for ids in values_N.split(list(lengths)) if ids.numel() for extreme in torch.aminmax(ids)]
+    verdict = torch.stack(extremes).tolist()
+    return verdict[::2], verdict[1::2]
+
+
+def _is_one_piece(values_N: Tensor) -> bool:
+    """Whether torch reduces these ids without dividing them among cores."""
+    return values_N.device.type != "cpu" or torch.get_num_threads() == 1 or values_N.numel() <= ONE_CORE
 
 
 def _out_of_range(ids: Tensor, feature: str, table: str, num_rows: int) -> IndexError:

