@@ -14,6 +14,9 @@ Suffixes: B local batch, D columns, W ranks, H hosts, S sources (ranks, then hos
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,6 +67,59 @@ def _add_runs(runs: list[ColumnRun], source: int, lanes: list[tuple[Lane, int]])
         received += lane.width
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """The runs once more, cut into chunks of one width: then one gather of rows does what takes a copy per run.
+
+        2 ranks, tables t0 t2 on rank 0 and t1 on rank 1, 64 columns each: a bag's answer is three chunks
+            returned     rank 0: t0 t2    rank 1: t1
+            answer       t0 t1 t2
+
+    Many short runs, as tables dealt out in turn give, cost four times a plain copy of the memory; a gather costs no
+    more than one.
+    """
+
+    width: int
+    source_C: tuple[int, ...]  # of each chunk of the answer, where its first row block is; C chunks of a bag
+    received_C: tuple[int, ...]  # its place among the chunks that its source returns for a bag
+    answers_S: tuple[tuple[int, ...], ...]  # the other way round: of each returned chunk, its place in the answer
+
+    LEAST_WIDTH = 8  # columns; narrower ones are slower to gather than to copy run by run
+
+    @classmethod
+    def of(cls, runs: Sequence[ColumnRun], width_S: Sequence[int], num_columns: int) -> Chunks | None:
+        """The chunks; None where the runs are few, or not cut evenly enough."""
+        ends = [end for run in runs for end in (run.received.start, run.received.stop, run.answer.start)]
+        width = math.gcd(num_columns, *width_S, *ends)
+        if len(runs) <= 2 * len(width_S) or width < cls.LEAST_WIDTH:
+            return None
+        source_C, received_C = [0] * (num_columns // width), [0] * (num_columns // width)
+        answers_S = [[0] * (columns // width) for columns in width_S]
+        for run in runs:
+            for chunk in range((run.answer.stop - run.answer.start) // width):
+                received, answer = run.received.start // width + chunk, run.answer.start // width + chunk
+                answers_S[run.source][received] = answer
+                if run.row_block == 0:
+                    source_C[answer], received_C[answer] = run.source, received
+        return cls(width, tuple(source_C), tuple(received_C), tuple(map(tuple, answers_S)))
+
+    def received(self, batch_size: int, device: torch.device) -> Tensor:
+        """For every chunk of the answer, bag after bag, its row among all returned chunks."""
+        per_bag_S = [len(answers) for answers in self.answers_S]
+        before_S = [0, *itertools.accumulate(per_bag_S)]
+        first_C = [before_S[s] * batch_size + at for s, at in zip(self.source_C, self.received_C)]
+        step_C = [per_bag_S[source] for source in self.source_C]
+        first_C, step_C = torch.tensor([first_C, step_C], device=device)
+        return torch.addcmul(first_C, torch.arange(batch_size, device=device).unsqueeze(1), step_C).flatten()
+
+    def answers(self, batch_size: int, device: torch.device) -> Tensor:
+        """For every returned chunk, source after source and bag after bag, its row among the chunks of the answer."""
+        first_B1 = (torch.arange(batch_size, device=device) * len(self.source_C)).unsqueeze(1)
+        return torch.cat(
+            [(first_B1 + torch.tensor(places, dtype=torch.long, device=device)).flatten() for places in self.answers_S]
+        )
+
+
 class PooledAssembly:
     """The constants of pooled assembly for one layout: where columns go, which are means.
 
@@ -80,6 +136,7 @@ class PooledAssembly:
         self.width_S = [*layout.width_W, *layout.width_H]
         self.width_W = layout.width_W
         self.runs = column_runs(layout)
+        self.chunks = Chunks.of(self.runs, self.width_S, layout.num_columns)
         self.local_columns = local_columns
         self.num_columns = layout.num_columns
         self.means = [
@@ -103,7 +160,12 @@ class PooledAssembly:
             return pieces.view(batch_size, self.num_columns)
         answer_BD = pieces.new_empty(batch_size, self.num_columns)
         blocks = self._blocks(pieces, batch_size)
-        for run in self.runs:
+        runs = self.runs
+        if self.chunks is not None:
+            places = self.chunks.received(batch_size, pieces.device)
+            _take_rows(pieces, places, self.chunks.width, answer_BD)
+            runs = [run for run in runs if run.row_block]
+        for run in runs:
             target, piece = answer_BD[:, run.answer], blocks[run.source][:, run.received]
             target.add_(piece) if run.row_block else target.copy_(piece)
         first = 0
@@ -123,6 +185,9 @@ class PooledAssembly:
         batch_size = gradient_BD.shape[0]
         if pieces is None:
             pieces = gradient_BD.new_empty(batch_size * sum(self.width_S))
+        if self.chunks is not None:
+            _take_rows(gradient_BD, self.chunks.answers(batch_size, pieces.device), self.chunks.width, pieces)
+            return pieces.mul_(scale)
         blocks = self._blocks(pieces, batch_size)
         for run in self.runs:
             torch.mul(gradient_BD[:, run.answer], scale, out=blocks[run.source][:, run.received])
@@ -136,7 +201,13 @@ class PooledAssembly:
         """Turn the sums of MEAN tables into means, in place; an empty bag stays zero."""
         for feature, columns in self.means:
             lengths_B = flight.kjt.lengths().view(len(flight.kjt.keys()), -1)[flight.kjt.keys().index(feature)]
-            answer_BD[:, columns] /= lengths_B.clamp(min=1).unsqueeze(1)
+            # By the reciprocal, as the unsharded collection does it: the same bits.
+            answer_BD[:, columns] *= lengths_B.clamp(min=1).to(answer_BD.dtype).reciprocal().unsqueeze(1)
+
+
+def _take_rows(source: Tensor, rows_N: Tensor, width: int, out: Tensor) -> None:
+    """Of `source`, seen as rows of `width`, the named rows, into `out`."""
+    torch.index_select(source.reshape(-1, width), 0, rows_N, out=out.view(-1, width))
 
 
 class StartPooled(torch.autograd.Function):
