@@ -18,6 +18,7 @@ from recsys_edu.distributed import torchrec_phases
 from recsys_edu.distributed.embedding_types import BaseEmbeddingSharder
 from recsys_edu.distributed.exchange import Exchange, GroupExchange
 from recsys_edu.distributed.flight import Flight
+from recsys_edu.distributed.index_dedup import distinct_ids
 from recsys_edu.distributed.pending import PendingJaggedTensors
 from recsys_edu.distributed.sequence_assembly import SequenceAssembly, StartSequence, WaitSequence
 from recsys_edu.distributed.shards import ShardedTables
@@ -33,8 +34,8 @@ from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 class ShardedEmbeddingCollection(nn.Module):
     """An EmbeddingCollection whose tables are cut into shards over ranks; answers equal the unsharded one's.
 
-    Args and errors: as ShardedEmbeddingBagCollection. `use_index_dedup` is accepted and changes nothing: every id
-    travels.
+    Args and errors: as ShardedEmbeddingBagCollection. `use_index_dedup`: each id of a feature travels once per batch
+    (index_dedup.py); worth it where sequences repeat ids.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class ShardedEmbeddingCollection(nn.Module):
             name=module_fqn,
         )
         self._codecs = (qcomm_codecs_registry or {}).get(CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name)
+        self._use_index_dedup = use_index_dedup
         self._take(shards, module.need_indices())
 
     def _take(self, shards: ShardedTables, need_indices: bool) -> None:
@@ -77,7 +79,7 @@ class ShardedEmbeddingCollection(nn.Module):
         """The same collection under another plan, its shards not yet filled (`resharding.reshard_module` does that)."""
         fresh = ShardedEmbeddingCollection.__new__(ShardedEmbeddingCollection)
         nn.Module.__init__(fresh)
-        fresh._codecs = self._codecs
+        fresh._codecs, fresh._use_index_dedup = self._codecs, self._use_index_dedup
         fresh._take(self._shards.with_plan(plan), self._need_indices)
         return fresh
 
@@ -93,7 +95,10 @@ class ShardedEmbeddingCollection(nn.Module):
 
     def start_input(self, features: KeyedJaggedTensor) -> Flight:
         """Phase 1: route the ids into lanes and tell every rank how many are coming."""
-        return self._lookup.start_input(features)
+        features, repeats = distinct_ids(features) if self._use_index_dedup else (features, None)
+        flight = self._lookup.start_input(features)
+        flight.repeats = repeats
+        return flight
 
     def start_absent(self, reason: int) -> Flight:
         """Phase 1 of a rank without a batch: `exchange_input` raises NoBatch with its reason on every rank."""
@@ -119,14 +124,20 @@ class ShardedEmbeddingCollection(nn.Module):
         """Phase 4: wait for the returned rows and hand them out by name."""
         local = self._shards.replicas.finish(flight, self._exchange)
         rows = WaitSequence.apply(*flight.land(), local, flight, self._exchange, self._assembly)
-        kjt, answers, first = flight.kjt, {}, 0
-        as_given = flight.variable if flight.variable is not None else kjt
+        looked_up, answers, first = flight.kjt, {}, 0
+        as_given = flight.variable if flight.variable is not None else looked_up
+        if flight.repeats is not None:
+            as_given = flight.repeats.kjt
         lengths_F = as_given.lengths().split(as_given.stride_per_key())
+        ids_F = as_given.values().split(as_given.length_per_key()) if self._need_indices else None
         for name, output in zip(self._names, self._shards.layout.outputs):
-            key = kjt.keys().index(output.feature)
-            count, start = kjt.length_per_key()[key], kjt.offset_per_key()[key]
-            ids = kjt.values()[start : start + count] if self._need_indices else None
-            answers[name] = JaggedTensor(rows[first : first + count], lengths=lengths_F[key], weights=ids)
+            key = looked_up.keys().index(output.feature)
+            count = looked_up.length_per_key()[key]
+            rows_of_name = rows[first : first + count]
+            if flight.repeats is not None:
+                rows_of_name = rows_of_name.index_select(0, flight.repeats.place_F[key])
+            ids = ids_F[key] if ids_F is not None else None
+            answers[name] = JaggedTensor(rows_of_name, lengths=lengths_F[key], weights=ids)
             first += count
         return answers
 

@@ -28,6 +28,7 @@ from recsys_edu.sparse.checks import lengths_fit
 from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor
 
 if TYPE_CHECKING:
+    from recsys_edu.distributed.index_dedup import Repeats
     from recsys_edu.distributed.sequence_assembly import Places
 
 NUM_SIZES = 4  # what each rank tells each other: number of values, batch size, bad feature + 1 (or 0), bad id
@@ -66,6 +67,8 @@ class Flight:
     sizes: Transfer
     variable: KeyedJaggedTensor | None = None
     """The batch as it was given, where its features differ in batch size; `kjt` has them padded to a common one."""
+    repeats: Repeats | None = None
+    """The batch as it was given, where only its distinct ids travel; `kjt` has those, one bag per feature."""
     phase: int = 1
     sent_values_W: list[int] = field(default_factory=list)
     received_values_W: list[int] = field(default_factory=list)

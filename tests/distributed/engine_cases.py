@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -346,13 +347,14 @@ class World:
         world_size: int,
         optimizer: str,
         local_size: int | None = None,
+        **of_module: Any,
     ) -> None:
         unsharded = copy.deepcopy(module)
         self.plan = make_plan(attach(module, optimizer))  # attached first: the plan's kernels depend on it
         self.optimizer = optimizer
         self.oracle = Oracle(unsharded, optimizer, self.plan, world_size)
         arguments = {"local_size": local_size} if hasattr(module, "embedding_bags") else {}
-        self.modules = simulate(module, self.plan, world_size, **arguments)
+        self.modules = simulate(module, self.plan, world_size, **arguments, **of_module)
 
     def parameters_of(self, table: str) -> list[nn.Parameter]:
         found = []
