@@ -17,6 +17,7 @@ html_theme = "furo"
 html_title = "recsys_edu"
 html_static_path = ["_static"]
 html_css_files = ["course.css"]
+html_js_files = ["course.js"]
 html_show_sourcelink = False
 html_copy_source = False
 toc_object_entries = False  # hundreds of names in the margin of every page take minutes to build

@@ -103,7 +103,7 @@ def fetch_movielens_100k(root: str | Path | None = None) -> Path:
     GroupLens's zip; the recbole wheel through pip. 943 users, 1,682 items, 100,000 ratings.
 
     Raises:
-        DataUnavailableError: nothing of that worked.
+        DataUnavailableError: nothing of that worked, or the files cannot be written (a full disk).
     """
     home = data_root(root)
     folder = home / FOLDER_NAME
@@ -117,15 +117,25 @@ def fetch_movielens_100k(root: str | Path | None = None) -> Path:
         except (OSError, ValueError, KeyError, zipfile.BadZipFile, subprocess.SubprocessError) as error:
             failures.append(f"  {source}: {error}")
             continue
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_atomically(folder / name, content)
+        _keep(folder, files)
         return folder
     raise DataUnavailableError(
         "MovieLens-100K is not cached and could not be fetched:\n" + "\n".join(failures) + "\n"
         f"With a browser, download {GROUPLENS_URL} and put ml-100k.zip into {home} "
         f"(or set {DATA_VARIABLE} to the folder that holds it), then run this again."
     )
+
+
+def _keep(folder: Path, files: dict[str, bytes]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_atomically(folder / name, content)
+    except OSError as error:
+        raise DataUnavailableError(
+            f"MovieLens-100K (2 MB) cannot be written to {folder}: {error}\nFree some space there, or set "
+            f"{DATA_VARIABLE} to a folder that can be written, then run this again."
+        ) from error
 
 
 def _sources(home: Path) -> list[tuple[str, Callable[[], dict[str, bytes]]]]:

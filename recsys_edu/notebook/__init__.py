@@ -9,9 +9,12 @@ and how many hints were shown is forgotten when the kernel restarts.
 from recsys_edu.notebook.doctor import doctor
 from recsys_edu.notebook.exercise import CheckFailed, Exercise, check, exercise, hint
 from recsys_edu.notebook.explore import explore
+from recsys_edu.notebook.magics import register_without_cluster
 from recsys_edu.notebook.predict import predict
 from recsys_edu.notebook.profiles import PROFILES, by_profile
 from recsys_edu.notebook.record import read_records, record
+
+register_without_cluster()
 
 __all__ = [
     "PROFILES",

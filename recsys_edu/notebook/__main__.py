@@ -54,7 +54,11 @@ def _run(options: argparse.Namespace) -> int:
         if run.error is not None:
             print(f"FAILED {run.name}, {run.error}\n", file=sys.stderr)
     if not options.no_html:
-        print(f"report: {write_report(runs, out, options.profile)}")
+        try:
+            print(f"report: {write_report(runs, out, options.profile)}")
+        except OSError as error:
+            print(f"the report cannot be written: {error}", file=sys.stderr)
+            return 1
     return 1 if any(run.error is not None for run in runs) else 0
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,22 @@ def register(cluster: Cluster) -> None:
         if cell is not None and rest:
             raise ValueError(f"%%ranks: cannot read {rest!r}; expected --only 0,2 or --timeout 60")
         _run_and_show(found, rest if cell is None else cell, only, timeout)
+
+    shell.register_magic_function(ranks, "line_cell", "ranks")
+
+
+def register_without_cluster() -> None:
+    """Make `%%ranks` say that no cluster has been started, until one is; outside IPython there is nothing to do."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is None or shell.find_line_magic("ranks") is not None:
+        return
+
+    def ranks(line: str, cell: str | None = None) -> None:
+        raise RuntimeError(
+            "no ranks are running in this kernel: run the cell with Cluster(...) first. After a restart of the kernel "
+            "everything before this cell is gone: Run > Run All Above Selected Cell"
+        )
 
     shell.register_magic_function(ranks, "line_cell", "ranks")
 

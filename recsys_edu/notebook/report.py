@@ -16,7 +16,7 @@ from typing import Any
 
 import nbformat
 
-from recsys_edu.notebook.runner import NotebookRun
+from recsys_edu.notebook.runner import NotebookRun, read_executed
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
@@ -39,8 +39,8 @@ border-left:4px solid #D55E00;padding-left:1em;overflow:auto}
 def write_report(runs: Sequence[NotebookRun], out: Path, profile: str) -> Path:
     """Write `out/index.html` and one page per run beside its executed notebook; the path of the index."""
     for run in runs:
-        if run.executed.exists():
-            _write(run.executed.with_suffix(".html"), page_html(nbformat.read(run.executed, as_version=4), run.name))
+        if (notebook := read_executed(run.executed)) is not None:
+            _write(run.executed.with_suffix(".html"), page_html(notebook, run.name))
     index = out / "index.html"
     _write(index, index_html(runs, out, profile))
     return index
@@ -130,7 +130,7 @@ def index_html(runs: Sequence[NotebookRun], out: Path, profile: str) -> str:
     for run in runs:
         page = run.executed.with_suffix(".html")
         link = html.escape(run.name)
-        if run.executed.exists():
+        if page.exists():
             link = f'<a href="{html.escape(os.path.relpath(page, out))}">{link}</a>'
         verdict = '<span class="ok">ran</span>' if run.error is None else '<span class="bad">failed</span>'
         numbers = "<br>".join(f"{html.escape(name)} = {format_value(value)}" for name, value in run.records.items())
@@ -164,5 +164,8 @@ def format_value(value: Any) -> str:
 
 def _write(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

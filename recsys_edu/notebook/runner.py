@@ -132,7 +132,8 @@ def run_one(
     """Execute one notebook in a process of its own; after `timeout_s` seconds it is stopped and reported."""
     executed = out / ("solutions" if source.parent.name == "solutions" else ".") / source.name
     executed.parent.mkdir(parents=True, exist_ok=True)
-    executed.unlink(missing_ok=True)
+    for stale in (executed, executed.with_suffix(".html")):
+        stale.unlink(missing_ok=True)
     command = [sys.executable, "-m", "recsys_edu.notebook", "execute", str(source), str(executed)]
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -155,7 +156,8 @@ def run_one(
             log, _ = process.communicate()
         error = failure_text(executed, log, f"stopped after its time limit of {timeout_s:g} s")
     seconds = time.perf_counter() - started
-    records = read_records(nbformat.read(executed, as_version=4)) if executed.exists() else {}
+    notebook = read_executed(executed)
+    records = read_records(notebook) if notebook is not None else {}
     return NotebookRun(source, executed, seconds, error, records)
 
 
@@ -179,10 +181,19 @@ def execute(source: Path, executed: Path, parameters: Mapping[str, Any]) -> None
     )
 
 
+def read_executed(executed: Path) -> Any | None:
+    """An executed notebook; None where there is none, or only a part of one (a full disk)."""
+    try:
+        return nbformat.read(executed, as_version=4)
+    except (OSError, ValueError, nbformat.reader.NotJSONError):
+        return None
+
+
 def failure_text(executed: Path, log: str, reason: str = "") -> str:
     """The cell at which a notebook stopped, its code and its output; the process's log where there is none."""
-    if executed.exists():
-        for index, cell in enumerate(nbformat.read(executed, as_version=4).cells):
+    notebook = read_executed(executed)
+    if notebook is not None:
+        for index, cell in enumerate(notebook.cells):
             status = cell.metadata.get("papermill", {}).get("status")
             failed = any(output.output_type == "error" for output in cell.get("outputs", ()))
             if failed or (reason and status == "running"):

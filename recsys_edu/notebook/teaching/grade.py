@@ -138,11 +138,14 @@ def write_csv(grades: Iterable[Grade], path: Path) -> None:
     """One line per student and exercise. A cell that a spreadsheet would take for a formula is made text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")
-    with aside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [each.name for each in fields(Grade)])
-        writer.writeheader()
-        writer.writerows({name: _plain(value) for name, value in asdict(grade).items()} for grade in grades)
-    os.replace(aside, path)
+    try:
+        with aside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [each.name for each in fields(Grade)])
+            writer.writeheader()
+            writer.writerows({name: _plain(value) for name, value in asdict(grade).items()} for grade in grades)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def summary(grades: Sequence[Grade]) -> str:
@@ -187,8 +190,13 @@ def main(arguments: Sequence[str]) -> int:
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    write_csv(grades, options.out)
-    print(f"{summary(grades)}\n\ngrades: {options.out}")
+    print(summary(grades))
+    try:
+        write_csv(grades, options.out)
+    except OSError as error:  # the grades took minutes, so they are shown in any case
+        print(f"\nthe grades above are not in {options.out}: {error}", file=sys.stderr)
+        return 1
+    print(f"\ngrades: {options.out}")
     return 0
 
 
@@ -197,11 +205,12 @@ def _rerun(source: Path, folder: Path, limits: Limits) -> tuple[dict[str, object
     import nbformat
 
     from recsys_edu.notebook.record import read_records
+    from recsys_edu.notebook.runner import read_executed
 
     executed = folder / "executed.ipynb"
     arguments = ["rerun", str(source), str(executed), json.dumps({"profile": "ci"})]
     ending = _python(arguments, folder, limits)
-    notebook = nbformat.read(executed, as_version=4) if executed.exists() else nbformat.v4.new_notebook()
+    notebook = read_executed(executed) or nbformat.v4.new_notebook()
     records, cells = read_records(notebook), notebook.cells
     failed = [
         index for index, cell in enumerate(cells) if any(o.output_type == "error" for o in cell.get("outputs", ()))

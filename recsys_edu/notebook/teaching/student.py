@@ -66,20 +66,24 @@ def write_student_edition(root: Path, out: Path, *, hints: bool = False) -> list
 
     Raises:
         FileNotFoundError: `root` is no checkout of the project.
+        OSError: the zip cannot be written; what `out` held before is still there.
     """
     if not (root / "notebooks").is_dir() or not (root / "pyproject.toml").is_file():
         raise FileNotFoundError(f"{root} is no checkout: it has no notebooks/ and pyproject.toml")
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.part")
     names = []
-    with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in student_files(root, hints):
-            info = zipfile.ZipInfo(f"{FOLDER_IN_ZIP}/{name}", ZIP_DATE)
-            info.compress_type = zipfile.ZIP_DEFLATED
-            info.external_attr = 0o644 << 16
-            archive.writestr(info, text)
-            names.append(name)
-    os.replace(aside, out)
+    try:
+        with zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, text in student_files(root, hints):
+                info = zipfile.ZipInfo(f"{FOLDER_IN_ZIP}/{name}", ZIP_DATE)
+                info.compress_type = zipfile.ZIP_DEFLATED
+                info.external_attr = 0o644 << 16
+                archive.writestr(info, text)
+                names.append(name)
+        os.replace(aside, out)
+    finally:
+        aside.unlink(missing_ok=True)
     return names
 
 
@@ -142,8 +146,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         names = write_student_edition(Path(__file__).resolve().parents[3], options.out, hints=options.hints)
-    except FileNotFoundError as error:
-        print(error, file=sys.stderr)
+    except OSError as error:  # no checkout; or a full disk, where a zip from before is kept
+        print(f"the student edition was not written: {error}", file=sys.stderr)
         return 1
     print(f"{options.out}: {len(names)} files, {options.out.stat().st_size / 2**20:.1f} MiB, no solutions")
     return 0
