@@ -19,7 +19,7 @@ from recsys_edu.datasets.criteo import (
     InMemoryBinaryCriteoIterDataPipe,
     to_batch,
 )
-from recsys_edu.datasets.movielens import movielens_ctr
+from recsys_edu.datasets.movielens import movielens_ctr, read_movielens
 from recsys_edu.datasets.synthetic_criteo import SyntheticCriteo
 from recsys_edu.datasets.utils import Batch
 from recsys_edu.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -44,9 +44,14 @@ class CTRTask:
     test: Callable[[], Iterator[Batch]]
 
 
-def movielens_task(batch_size: int, dim: int, seed: int, rank: int, world_size: int) -> CTRTask:
-    """MovieLens-100K, shuffled anew in every epoch; the three features that hold films share a table."""
-    data = movielens_ctr(seed=seed)
+def movielens_task(
+    batch_size: int, dim: int, seed: int, rank: int, world_size: int, folder: Path | None = None
+) -> CTRTask:
+    """MovieLens, shuffled anew in every epoch; the three features that hold films share a table.
+
+    folder: of an unpacked release; None: 100K, fetched on first use.
+    """
+    data = movielens_ctr(read_movielens(folder) if folder is not None else None, seed=seed)
     table_of = {feature: table for table, features in SHARED_TABLES.items() for feature in features}
     features_of: dict[str, list[str]] = {}
     for feature in data.sparse_names:

@@ -16,16 +16,28 @@ the interruption; also on another number of ranks or under another plan, then up
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import functools
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from recsys_edu.distributed import sharding_plan
 from recsys_edu.distributed.comm import get_local_size
 from recsys_edu.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from recsys_edu.distributed.types import ShardingPlan
+from recsys_edu.examples.command_line import (
+    CommandLineError,
+    add_option,
+    existing_folder,
+    folder_to_write,
+    make_parser,
+    number,
+    parse,
+    run_program,
+    users_mistakes,
+    whole_number,
+)
 from recsys_edu.examples.ctr_tasks import DATASETS, CTRTask, criteo_task, movielens_task, synthetic_criteo_task
 from recsys_edu.models.dlrm import DLRM, DLRMTrain
 from recsys_edu.modules.embedding_modules import EmbeddingBagCollection
@@ -45,42 +57,71 @@ OPTIMIZERS = {
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=DATASETS, default="movielens")
-    parser.add_argument("--data", type=Path, help="folder of Criteo's .npy files")
-    parser.add_argument("--rows-per-table", type=int, default=100_000, help="of Criteo's 26 tables (ids are hashed)")
-    parser.add_argument("--batch-size", type=int, default=1024, help="examples per step, of all ranks together")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--steps", type=int, help="this many, whatever the epochs")
-    parser.add_argument("--dim", type=int, default=16, help="columns of every table")
-    parser.add_argument("--sharding", default="default", help="names such as row_wise,grid_shard, dealt to the tables")
-    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="rowwise_adagrad", help="of the tables")
-    parser.add_argument("--lr", type=float, default=0.05, help="of the tables")
-    parser.add_argument("--dense-lr", type=float, default=0.02, help="of the rest, trained by Adagrad")
-    parser.add_argument("--out", type=Path, help="folder for metrics and checkpoints, the same one on every host")
-    parser.add_argument("--checkpoint-every", type=int, default=0, help="steps; 0: only at the end")
-    parser.add_argument("--keep", type=int, default=2, help="checkpoints to keep")
-    parser.add_argument("--evaluate-every", type=int, help="steps; default: after every epoch; 0: only at the end")
-    parser.add_argument("--patience", type=int, help="stop after so many evaluations without a better entropy")
-    parser.add_argument("--pipeline", choices=list(PIPELINES), default="sparse-dist")
-    parser.add_argument("--load-ahead", action="store_true", help="make batches in a thread of their own")
-    parser.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
-    parser.add_argument("--progress", action=argparse.BooleanOptionalAction, help="bar; default: in a terminal")
-    parser.add_argument("--log-every", type=int, default=10, help="steps between looks at the losses")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for a silent rank")
-    return parser.parse_args(argv)
+    """
+    Raises:
+        CommandLineError: an unknown argument, a bad value, or two that do not go together.
+    """
+    parser = make_parser("train_dlrm", __doc__.splitlines()[0])
+    add = functools.partial(add_option, parser)
+    positive = number(above=0)
+    add("--dataset", choices=DATASETS, default="movielens", help="what to train on")
+    add(
+        "--data", type=existing_folder,
+        help="folder of Criteo's .npy files, or of an unpacked MovieLens (default: MovieLens-100K, fetched once)",
+    )  # fmt: skip
+    add("--rows-per-table", type=whole_number(1), default=100_000, help="of Criteo's 26 tables (ids are hashed)")
+    add("--batch-size", type=whole_number(1), default=1024, help="examples per step, of all ranks together")
+    add("--epochs", type=whole_number(1), default=2, help="passes over the training part")
+    add("--steps", type=whole_number(1), help="train so many, whatever the epochs (default: EPOCHS' number)")
+    add("--dim", type=whole_number(1), default=16, help="columns of every table")
+    add("--sharding", default="default", help="default, or names such as row_wise,grid_shard, dealt to the tables")
+    add("--optimizer", choices=list(OPTIMIZERS), default="rowwise_adagrad", help="of the tables")
+    add("--lr", type=positive, default=0.05, help="learning rate of the tables")
+    add("--dense-lr", type=positive, default=0.02, help="of the rest, trained by Adagrad")
+    add(
+        "--out", type=folder_to_write,
+        help="folder for metrics and checkpoints, the same one on every host (default: nothing is kept)",
+    )  # fmt: skip
+    add("--checkpoint-every", type=whole_number(0), default=0, help="steps; 0: only at the end")
+    add("--keep", type=whole_number(1), default=2, help="checkpoints to keep")
+    add("--evaluate-every", type=whole_number(0), help="steps; 0: only at the end (default: after every epoch)")
+    add(
+        "--patience", type=whole_number(1), help="stop after so many evaluations without a better entropy (default: no)"
+    )
+    add("--pipeline", choices=list(PIPELINES), default="sparse-dist", help="what overlaps; results are the same")
+    add("--load-ahead", action="store_true", help="make batches in a thread of their own")
+    add("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
+    add("--progress", action=argparse.BooleanOptionalAction, help="show a bar (default: in a terminal)")
+    add("--log-every", type=whole_number(1), default=10, help="steps between looks at the losses")
+    add("--seed", type=whole_number(0), default=0, help="of weights, and of the data's order")
+    add("--timeout", type=positive, default=300.0, help="seconds to wait for a silent rank")
+    args = parse(parser, argv)
+    _check_together(args)
+    return args
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    if args.dataset == "criteo" and args.data is None:
+        raise CommandLineError(
+            "--dataset criteo needs --data FOLDER (see recsys_edu.datasets.criteo.BinaryCriteoUtils)"
+        )
+    if args.dataset == "synthetic-criteo" and args.data is not None:
+        raise CommandLineError("--data: synthetic-criteo is made, not read; to read Criteo's files: --dataset criteo")
+    for option, wanted in (("--tensorboard", args.tensorboard), ("--patience", args.patience is not None)):
+        if wanted and args.out is None:
+            raise CommandLineError(f"{option} needs --out FOLDER, where its files go")
+    if args.patience is not None and args.evaluate_every == 0:
+        raise CommandLineError("--patience counts evaluations, and --evaluate-every 0 makes only one, at the end")
 
 
 def make_task(args: argparse.Namespace, rank: int, world_size: int) -> CTRTask:
     if args.batch_size % world_size:
         raise ValueError(f"--batch-size {args.batch_size} cannot be cut into {world_size} equal slices, one per rank")
     if args.dataset == "criteo":
-        if args.data is None:
-            raise ValueError("--dataset criteo needs --data FOLDER (see recsys_edu.datasets.criteo.BinaryCriteoUtils)")
         return criteo_task(args.data, args.rows_per_table, args.batch_size, args.dim, rank, world_size)
-    make = movielens_task if args.dataset == "movielens" else synthetic_criteo_task
-    return make(args.batch_size, args.dim, args.seed, rank, world_size)
+    if args.dataset == "synthetic-criteo":
+        return synthetic_criteo_task(args.batch_size, args.dim, args.seed, rank, world_size)
+    return movielens_task(args.batch_size, args.dim, args.seed, rank, world_size, args.data)
 
 
 def named_plan(tables: EmbeddingBagCollection, names: str, world_size: int, device_type: str) -> ShardingPlan | None:
@@ -134,10 +175,11 @@ def make_model(
     return sharded, CombinedOptimizer([sharded.fused_optimizer, dense_optimizer])
 
 
-def train(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """The whole run; returns the last metrics."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def make_trainer(args: argparse.Namespace, device: torch.device, rank: int, world_size: int) -> tuple[Trainer, int]:
+    """A trainer at the run's last checkpoint, and the step where the run ends."""
     task = make_task(args, rank, world_size)
+    if not task.steps_per_epoch:
+        raise ValueError(f"--batch-size {args.batch_size}: the training part has fewer examples")
     model, optimizer = make_model(args, task, device, rank, world_size)
     every = task.steps_per_epoch if args.evaluate_every is None else args.evaluate_every
     trainer = Trainer(
@@ -155,10 +197,25 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
         tensorboard=args.tensorboard,
         progress=args.progress,
     )
-    last_step = args.steps if args.steps is not None else args.epochs * task.steps_per_epoch
-    first_step = trainer.resume()
+    trainer.resume()
+    return trainer, args.steps if args.steps is not None else args.epochs * task.steps_per_epoch
+
+
+def train(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """The whole run; returns the last metrics.
+
+    Raises:
+        CommandLineError: the arguments ask for something that is not there, or that does not go with the run in --out.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    with users_mistakes():
+        trainer, last_step = make_trainer(args, device, rank, world_size)
     if rank == 0:
-        print(f"{args.dataset}: steps {first_step} to {last_step} on {world_size} ranks", flush=True)
+        ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+        if trainer.step < last_step:
+            print(f"{args.dataset}: steps {trainer.step} to {last_step} on {ranks}", flush=True)
+        else:
+            print(f"{args.dataset}: {args.out} is at step {trainer.step}; more --steps or --epochs go on", flush=True)
     metrics = trainer.fit(last_step)
     if rank == 0:
         early = f" (stopped early; the best was step {trainer.best_step})" if trainer.stopped_early else ""
@@ -167,13 +224,14 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
     return metrics
 
 
-@record
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run with these arguments (default: the command line's), on the ranks that there are."""
     args = parse_arguments(argv)
-    with process_group(args.timeout) as device:
+    with ExitStack() as stack:
+        with users_mistakes():
+            device = stack.enter_context(process_group(args.timeout))
         return train(args, device)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

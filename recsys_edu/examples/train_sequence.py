@@ -15,6 +15,7 @@ paired difference to EASE shows.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 import time
@@ -25,6 +26,17 @@ from torch import Tensor
 from recsys_edu.datasets.baselines import fit_ease, popularity_scores
 from recsys_edu.datasets.movielens import load_movielens_100k
 from recsys_edu.datasets.movielens_splits import Split, interactions, split_leave_one_out
+from recsys_edu.examples.command_line import (
+    CommandLineError,
+    add_option,
+    folder_to_write,
+    make_parser,
+    number,
+    parse,
+    run_program,
+    users_mistakes,
+    whole_number,
+)
 from recsys_edu.metrics.ranking import full_ranking
 from recsys_edu.retrieval.evaluation import Estimate, baseline_scores, estimate, evaluate_ranking, seen_mask
 from recsys_edu.retrieval.sequence_training import SequenceSettings, sequence_scores, train_sequences
@@ -38,7 +50,8 @@ def main(argv: list[str] | None = None) -> dict[str, Estimate]:
     """Train once per seed and print a table; returns the model's estimates by metric."""
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
-    split = split_leave_one_out(interactions(load_movielens_100k(args.data)))
+    with users_mistakes():
+        split = split_leave_one_out(interactions(load_movielens_100k(args.data)))
     rivals = rival_scores(split)
     for name, scores in rivals.items():
         found = evaluate_ranking(scores, split, seen="removed", ks=(10,))
@@ -103,30 +116,36 @@ def paired_difference(scores_UI: Tensor, rival_UI: Tensor, split: Split, k: int 
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=["sasrec", "bert4rec"], default="sasrec")
-    parser.add_argument("--dim", type=int)
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--max-length", type=int, help="items that the model reads")
-    parser.add_argument("--num-blocks", type=int)
-    parser.add_argument("--dropout", type=float)
-    parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--seed", type=int, default=0, help="the first one")
-    parser.add_argument("--seeds", type=int, default=1, help="how many runs; more than one gives intervals")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--data", help="folder of the MovieLens cache")
-    parser.add_argument("--verbose", action="store_true", help="print the loss of every epoch")
-    parser.add_argument("--check", action="store_true", help="fail where the gate is missed")
-    return parser.parse_args(argv)
+    """
+    Raises:
+        CommandLineError: an unknown argument, a bad value, or a width that the heads do not divide.
+    """
+    parser, usual = make_parser("train_sequence", __doc__.splitlines()[0]), SequenceSettings()
+    add = functools.partial(add_option, parser)
+    add("--model", choices=["sasrec", "bert4rec"], default=usual.model, help="reads forwards, or both ways")
+    add("--dim", type=whole_number(1), default=usual.dim, help="width; the heads divide it")
+    add("--epochs", type=whole_number(1), default=usual.epochs, help="an epoch is one stretch of every user")
+    add("--batch-size", type=whole_number(1), default=usual.batch_size, help="users per step")
+    add("--max-length", type=whole_number(1), default=usual.max_length, help="items that the model reads")
+    add("--num-blocks", type=whole_number(1), default=usual.num_blocks, help="of attention")
+    add("--dropout", type=number(at_least=0, below=1), default=usual.dropout, help="share that is dropped")
+    add("--learning-rate", type=number(above=0), default=usual.learning_rate, help="Adam's")
+    add("--seed", type=whole_number(0), default=0, help="the first one")
+    add("--seeds", type=whole_number(1), default=1, help="how many runs; more than one gives intervals")
+    add("--threads", type=whole_number(1), default=1, help="of PyTorch")
+    add("--data", type=folder_to_write, help="folder of the MovieLens cache (default: the user's cache)")
+    add("--verbose", action="store_true", help="print the loss of every epoch")
+    add("--check", action="store_true", help="fail where the gate is missed")
+    args = parse(parser, argv)
+    if args.dim % usual.num_heads:
+        raise CommandLineError(f"--dim {args.dim}: {usual.num_heads} heads of attention do not divide it")
+    return args
 
 
 def sequence_settings(args: argparse.Namespace, seed: int) -> SequenceSettings:
-    """The defaults, changed where an argument was given."""
     names = ("dim", "epochs", "batch_size", "max_length", "num_blocks", "dropout", "learning_rate")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return SequenceSettings(args.model, seed=seed, **given)
+    return SequenceSettings(args.model, seed=seed, **{name: getattr(args, name) for name in names})
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -18,6 +18,7 @@ A seed changes the split (where it is random) and the model. `--check` ends with
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +35,17 @@ from recsys_edu.datasets.movielens_splits import (
     split_random,
     split_temporal,
 )
+from recsys_edu.examples.command_line import (
+    CommandLineError,
+    add_option,
+    folder_to_write,
+    make_parser,
+    number,
+    parse,
+    run_program,
+    users_mistakes,
+    whole_number,
+)
 from recsys_edu.retrieval.evaluation import (
     Estimate,
     baseline_scores,
@@ -42,6 +54,7 @@ from recsys_edu.retrieval.evaluation import (
     over_seeds,
     rating_rmse,
 )
+from recsys_edu.retrieval.features import tower_features
 from recsys_edu.retrieval.rating import RatingSettings, predicted_ratings, train_rating_model
 from recsys_edu.retrieval.training import TowerSettings, tower_scores, train_towers
 
@@ -68,13 +81,17 @@ GATES = {
     "rating": {"rmse": 0.94},
 }
 """At least so much (RMSE: at most): published figures, or better."""
+ONLY_TOWERS = ("features", "batch_size", "temperature", "num_hard", "num_uniform", "log_q")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Estimate]:
     """Train and print a table; returns the model's estimates by metric."""
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
-    data = load_movielens_100k(args.data)
+    with users_mistakes():
+        data = load_movielens_100k(args.data)
+        if args.features:
+            tower_features(data, interactions(data), args.features.split(","))
     run = _rating_run(data, args) if args.protocol == "rating" else _tower_run(data, args)
     results = over_seeds(run, range(args.seed, args.seed + args.seeds))
     for name, value in results.items():
@@ -91,23 +108,40 @@ def main(argv: list[str] | None = None) -> dict[str, Estimate]:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--protocol", choices=list(SPLITS), default="tfrs")
-    parser.add_argument("--features", help="of the towers, such as user,history,item,title,genres")
-    parser.add_argument("--dim", type=int)
-    parser.add_argument("--epochs", type=int)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--temperature", type=float)
-    parser.add_argument("--num-hard", type=int, help="negatives per row, the hardest of the batch")
-    parser.add_argument("--num-uniform", type=int, help="further negatives per batch, drawn uniformly")
-    parser.add_argument("--l2", type=float)
-    parser.add_argument("--log-q", action=argparse.BooleanOptionalAction, help="correct for popularity (default: yes)")
-    parser.add_argument("--seed", type=int, default=0, help="the first one")
-    parser.add_argument("--seeds", type=int, default=1, help="how many runs; more than one gives intervals")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", help="folder of the MovieLens cache")
-    parser.add_argument("--check", action="store_true", help="fail where a gate is missed")
-    return parser.parse_args(argv)
+    """
+    Raises:
+        CommandLineError: an unknown argument, a bad value, or one that the protocol does not use.
+    """
+    parser = make_parser("train_two_tower", __doc__.splitlines()[0])
+    add = functools.partial(add_option, parser)
+    of_protocol = "(default: the protocol's)"
+    add("--protocol", choices=list(SPLITS), default="tfrs", help="split, settings and measures")
+    add("--features", help=f"of the towers, such as user,history,item,title,genres {_of_towers('features')}")
+    add("--dim", type=whole_number(1), help=f"columns of every table {of_protocol}")
+    add("--epochs", type=whole_number(1), help=f"passes over the training part {of_protocol}")
+    add("--batch-size", type=whole_number(1), help=f"rows per step {of_protocol}")
+    add("--temperature", type=number(above=0), help=f"scores are divided by it {_of_towers('temperature')}")
+    add("--num-hard", type=whole_number(1), help="negatives per row, the hardest of the batch (default: all)")
+    add("--num-uniform", type=whole_number(0), help=f"further negatives per batch {_of_towers('num_uniform')}")
+    add("--l2", type=number(at_least=0), help=f"weight of the squared vectors {of_protocol}")
+    add("--log-q", action=argparse.BooleanOptionalAction, help="correct for popularity (default: yes)")
+    add("--seed", type=whole_number(0), default=0, help="the first one")
+    add("--seeds", type=whole_number(1), default=1, help="how many runs; more than one gives intervals")
+    add("--threads", type=whole_number(1), default=2, help="of PyTorch")
+    add("--data", type=folder_to_write, help="folder of the MovieLens cache (default: the user's cache)")
+    add("--check", action="store_true", help="fail where a gate is missed")
+    args = parse(parser, argv)
+    if args.protocol == "rating":
+        unused = [name for name in ONLY_TOWERS if getattr(args, name) is not None]
+        if unused:
+            names = ", ".join("--" + name.replace("_", "-") for name in unused)
+            raise CommandLineError(f"{names}: the rating protocol has no towers; it takes --dim, --epochs and --l2")
+    return args
+
+
+def _of_towers(name: str) -> str:
+    default = getattr(TowerSettings, name)
+    return f"(default: {','.join(default) if isinstance(default, tuple) else default})"
 
 
 def tower_settings(args: argparse.Namespace, seed: int) -> TowerSettings:
@@ -157,4 +191,4 @@ def _met(name: str, value: float, bound: float) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

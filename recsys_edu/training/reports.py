@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
-def make_writer(folder: Path, first_step: int) -> Any:
-    """TensorBoard's writer; points of later steps than `first_step`, left by a killed run, are hidden.
-
+def check_tensorboard() -> None:
+    """
     Raises:
         ImportError: TensorBoard is not installed.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
+    if importlib.util.find_spec("tensorboard") is None:
         raise ImportError(
             "TensorBoard logging needs the package tensorboard: `pip install tensorboard`, or leave it switched off; "
-            "metrics.jsonl in the run's folder has the same numbers"
-        ) from error
+            "metrics.jsonl in the run's folder has losses and scores too"
+        )
+
+
+def make_writer(folder: Path, first_step: int) -> Any:
+    """TensorBoard's writer; points of later steps than `first_step`, left by a killed run, are hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=first_step + 1)
 
 
@@ -48,7 +52,7 @@ class Reports:
         """`kind` is "train" or "test"."""
         if self._writer is not None:
             for name, number in numbers.items():
-                self._writer.add_scalar(f"{kind}/{name}", number, step)
+                self._writer.add_scalar(f"{kind}/{name.replace('/', ' per ')}", number, step)  # a slash makes a group
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             if self._steps_per_epoch:

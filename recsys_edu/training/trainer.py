@@ -37,7 +37,7 @@ from recsys_edu.metrics.auc import AUCMetric
 from recsys_edu.metrics.metrics_config import RecTaskInfo
 from recsys_edu.metrics.ne import NEMetric
 from recsys_edu.optim.keyed import KeyedOptimizer
-from recsys_edu.training.reports import Reports, make_writer, somebody_watches
+from recsys_edu.training.reports import Reports, check_tensorboard, make_writer, somebody_watches
 from recsys_edu.training.run_folder import RunFolder
 
 PIPELINES = {
@@ -54,6 +54,9 @@ class Schedule:
 
     log_every: one look at the losses (a wait for the device). keep: checkpoints to keep. patience: stop after so many
     evaluations without a better normalised entropy (None: never); the best evaluation's checkpoint is kept as well.
+
+    Raises:
+        ValueError: a negative number, or 0 for log_every, keep or patience.
     """
 
     checkpoint_every: int = 0
@@ -61,6 +64,13 @@ class Schedule:
     log_every: int = 10
     keep: int = 2
     patience: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"checkpoint_every": 0, "evaluate_every": 0, "log_every": 1, "keep": 1, "patience": 1}
+        for name, at_least in least.items():
+            value = getattr(self, name)
+            if value is not None and value < at_least:
+                raise ValueError(f"Schedule: {name} is {value}, expected {at_least} or more")
 
 
 class Trainer:
@@ -112,6 +122,8 @@ class Trainer:
         schedule = schedule or Schedule()
         if out is None and (tensorboard or schedule.patience is not None):
             raise ValueError("TensorBoard logging and early stopping keep files: give the trainer a folder, `out`")
+        if tensorboard:
+            check_tensorboard()
         self.model, self.optimizer, self.device, self.schedule = model, optimizer, device, schedule
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._group = dist.group.WORLD if dist.is_initialized() else None
@@ -141,7 +153,7 @@ class Trainer:
         if path is not None:
             saved = load_checkpoint(path, self.model, self.optimizer)
             if saved["data"] != self._data:
-                raise ValueError(f"{path} is of a run on other data: {saved['data']}, this one is on {self._data}")
+                raise ValueError(f"{path} is of a run on other data: {_differences(saved['data'], self._data)}")
             self.step, self.scores = saved["step"], saved.get("scores", {})
             self.evaluated_step, self.best_step = saved.get("evaluated_step", 0), saved.get("best_step", 0)
             self.best_ne, self._evaluations_since = saved.get("best_ne", float("inf")), saved.get("since", 0)
@@ -200,13 +212,14 @@ class Trainer:
             window.add(loss, logits, labels)
             is_last = self.step == last_step
             save, evaluate = self._is_due(self.schedule.checkpoint_every), self._is_due(self.schedule.evaluate_every)
-            if save or evaluate or is_last or len(window) == self.schedule.log_every:
-                self._log(window, reports)
-                window.clear()
+            if not (save or evaluate or is_last or len(window) == self.schedule.log_every):
+                continue
+            self._log(window, reports)
             if evaluate and not is_last:
                 save |= self._evaluate_and_judge(reports)
             if save and not is_last:
                 self.save()
+            window.clear()  # its clock starts anew: samples/s are those of training
         if len(window):
             self._log(window, reports)
 
@@ -254,6 +267,15 @@ class Trainer:
             return self.schedule.patience is not None
         self._evaluations_since += 1
         return False
+
+
+def _differences(saved: Mapping[str, str], mine: Mapping[str, str]) -> str:
+    """
+    >>> _differences({"dataset": "criteo", "seed": "0"}, {"dataset": "criteo", "seed": "1"})
+    "its seed is '0', this run's is '1'"
+    """
+    names = [name for name in {**saved, **mine} if saved.get(name) != mine.get(name)]
+    return "; ".join(f"its {name} is {saved.get(name)!r}, this run's is {mine.get(name)!r}" for name in names)
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,7 @@ def test_an_error_in_a_batch_closes_everything_and_fit_goes_on(tmp_path) -> None
 
 def test_checkpoints_of_other_data_are_refused(tmp_path) -> None:
     make_trainer(out=tmp_path).fit(2)
-    with pytest.raises(ValueError, match=r"a run on other data: \{'seed': '0'\}, this one is on \{'seed': '1'\}"):
+    with pytest.raises(ValueError, match="a run on other data: its seed is '0', this run's is '1'"):
         make_trainer(out=tmp_path, data={"seed": "1"}).resume()
     with pytest.raises(CheckpointError):
         make_trainer(out=tmp_path).resume(step=1)
@@ -264,7 +264,7 @@ def test_tensorboard_is_asked_for_in_words(tmp_path, monkeypatch) -> None:
         import tensorboard  # noqa: F401
     except ImportError:
         with pytest.raises(ImportError, match="pip install tensorboard"):
-            make_trainer(tensorboard=True, out=tmp_path).fit(1)
+            make_trainer(tensorboard=True, out=tmp_path)
     else:
         make_trainer(tensorboard=True, out=tmp_path, schedule=Schedule(log_every=2)).fit(4)
         assert list((tmp_path / "tensorboard").glob("events*"))
@@ -281,9 +281,10 @@ def test_curves_get_every_number(tmp_path, monkeypatch) -> None:
         def close(self) -> None:
             drawn.append(("closed", 0))
 
+    monkeypatch.setattr("recsys_edu.training.trainer.check_tensorboard", lambda: None)
     monkeypatch.setattr("recsys_edu.training.trainer.make_writer", lambda folder, first_step: Writer())
     make_trainer(tensorboard=True, out=tmp_path, schedule=Schedule(log_every=2)).fit(4)
-    train = [("train/samples/s", "train/loss", "train/auc", "train/ne"), ("test/auc", "test/ne")]
+    train = [("train/samples per s", "train/loss", "train/auc", "train/ne"), ("test/auc", "test/ne")]
     expected = [(name, step) for step in (2, 4) for name in train[0]] + [(name, 4) for name in train[1]]
     assert drawn == [*expected, ("closed", 0)]
 
@@ -293,6 +294,14 @@ def test_bad_settings_are_refused() -> None:
         make_trainer(pipeline="warp")
     with pytest.raises(ValueError, match="give the trainer a folder"):
         make_trainer(schedule=Schedule(patience=2))
+
+
+@pytest.mark.parametrize(
+    "name, value", [("log_every", 0), ("keep", 0), ("patience", 0), ("evaluate_every", -1), ("checkpoint_every", -5)]
+)
+def test_a_schedule_that_cannot_be_kept_is_refused(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is {value}, expected [01] or more"):
+        Schedule(**{name: value})
 
 
 def test_scores_of_nothing_learnt() -> None:
