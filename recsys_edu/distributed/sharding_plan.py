@@ -293,11 +293,15 @@ def get_default_sharders() -> list[ModuleSharder[Any]]:
     from recsys_edu.distributed.embedding import EmbeddingCollectionSharder
     from recsys_edu.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from recsys_edu.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
+    from recsys_edu.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
+    from recsys_edu.distributed.mc_embeddingbag import ManagedCollisionEmbeddingBagCollectionSharder
 
     return [
         EmbeddingBagCollectionSharder(),
         FeatureProcessedEmbeddingBagCollectionSharder(),
+        ManagedCollisionEmbeddingBagCollectionSharder(),
         EmbeddingCollectionSharder(),
+        ManagedCollisionEmbeddingCollectionSharder(),
     ]
 
 

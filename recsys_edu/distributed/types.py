@@ -305,6 +305,26 @@ class ShardingPlan:
         return "".join(parts)
 
 
+@unique
+class ObjectPoolShardingType(Enum):
+    """Where the slots of a pool are: in blocks over all ranks, or over the ranks of each host, with a copy per host."""
+
+    ROW_WISE = "row_wise"
+    REPLICATED_ROW_WISE = "replicated_row_wise"
+
+
+@dataclass
+class ObjectPoolShardingPlan:
+    """The plan of a pool. `memory_capacity_per_rank` divides the slots in these proportions (default: equally).
+
+    Counterpart: torchrec.distributed.types.ObjectPoolShardingPlan
+    """
+
+    sharding_type: ObjectPoolShardingType
+    inference: bool = False
+    memory_capacity_per_rank: list[int] | None = None
+
+
 # ---------------------------------------------------------------- environment
 
 

@@ -149,7 +149,7 @@ class HashZchManagedCollisionModule(ManagedCollisionModule):
         ids_N = torch.cat([jt.values().long() for jt in features.values()])
         ids_U, inverse_N = _distinct(ids_N)
         bucket_U = self._bucket(ids_U)
-        self._check(ids_U, bucket_U)
+        self.check_ids(ids_U)
         first_U = self._segments[bucket_U] - self._segments[self._start_bucket]
         reserved_U = self._reserved(bucket_U)
         size_U = self._segments[bucket_U + 1] - self._segments[bucket_U] - reserved_U
@@ -214,13 +214,14 @@ class HashZchManagedCollisionModule(ManagedCollisionModule):
         sizes_U = self._segments[bucket_U + 1] - self._segments[bucket_U]
         return (sizes_U * (self._percent_reserved / 100)).long()
 
-    def _check(self, ids_U: Tensor, bucket_U: Tensor) -> None:
-        wrong_U = (ids_U == EMPTY) | (bucket_U < self._start_bucket) | (bucket_U >= self._end_bucket)
-        if bool(wrong_U.any()):  # host sync: a wrong id would read or take the row of another one
+    def check_ids(self, ids_N: Tensor) -> None:
+        bucket_N = self._bucket(ids_N)
+        wrong_N = (ids_N == EMPTY) | (bucket_N < self._start_bucket) | (bucket_N >= self._end_bucket)
+        if bool(wrong_N.any()):  # host sync: a wrong id would read or take the row of another one
             where = f"buckets {self._start_bucket} to {self._end_bucket - 1}"
             limit = f"; ids have to be below input_hash_size={self._input_hash_size}" if self._input_hash_size else ""
             raise ValueError(
-                f"{self._name or 'managed collision'}: id {int(ids_U[wrong_U][0])} has no place in {where} (-1 marks a "
+                f"{self._name or 'managed collision'}: id {int(ids_N[wrong_N][0])} has no place in {where} (-1 marks a "
                 f"free row){limit}"
             )
 
@@ -257,9 +258,12 @@ class HashZchManagedCollisionModule(ManagedCollisionModule):
         """From now on new ids get rows in training mode."""
         self._is_inference = False
 
-    def validate_state(self) -> None:
-        if int(self._hash_zch_bucket) != self._buckets:
+    def check_cuts(self) -> None:
+        if int(self._hash_zch_bucket) != self._buckets:  # host sync: a few bytes that say whether all others fit
             raise ValueError(f"filled with {int(self._hash_zch_bucket)} buckets, this module has {self._buckets}")
+
+    def validate_state(self) -> None:
+        self.check_cuts()
         taken = (self._identities_Z != EMPTY).nonzero().flatten()
         bucket = torch.searchsorted(self._segments, taken + self._segments[self._start_bucket], right=True) - 1
         wrong = self._bucket(self._identities_Z[taken]) != bucket

@@ -64,7 +64,7 @@ class BaseManagedCollisionEmbeddingCollection(nn.Module):
     def forward(
         self, features: KeyedJaggedTensor, mutate_miss_lengths: bool = True
     ) -> tuple[KeyedTensor | dict[str, JaggedTensor], KeyedJaggedTensor | None]:
-        remapped = self._managed_collision_collection(features)
+        remapped = self._managed_collision_collection(features, mutate_miss_lengths)
         evict(self._managed_collision_collection.evict(), self._embedding_module)
         return self._embedding_module(remapped), remapped if self._return_remapped_features else None
 
@@ -97,6 +97,10 @@ class ManagedCollisionEmbeddingBagCollection(BaseManagedCollisionEmbeddingCollec
             allow_in_place_embed_weight_update,
         )
 
+    @property
+    def _embedding_bag_collection(self) -> EmbeddingBagCollection:
+        return self._embedding_module
+
 
 class ManagedCollisionEmbeddingCollection(BaseManagedCollisionEmbeddingCollection):
     """Sequence lookups of raw ids. Counterpart: torchrec's class of this name."""
@@ -114,3 +118,7 @@ class ManagedCollisionEmbeddingCollection(BaseManagedCollisionEmbeddingCollectio
             return_remapped_features,
             allow_in_place_embed_weight_update,
         )
+
+    @property
+    def _embedding_collection(self) -> EmbeddingCollection:
+        return self._embedding_module

@@ -27,6 +27,7 @@ from recsys_edu.modules.zero_collision_hash import murmur_hash3
 from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 NO_ID = torch.iinfo(torch.int64).max  # marks a free place; sorts behind every id
+MOST_SEGMENTS = 1025
 ThresholdFilter = Callable[[Tensor], tuple[Tensor, float | Tensor]]
 
 
@@ -176,6 +177,9 @@ class ManagedCollisionModule(nn.Module, abc.ABC):
     def open_slots(self) -> Tensor:
         """Number of rows that no id owns, `[1]`."""
 
+    def check_ids(self, ids_N: Tensor) -> None:
+        """ValueError for (preprocessed) ids that this module cannot take; nothing has been changed."""
+
     @abc.abstractmethod
     def home_rows(self, ids_N: Tensor) -> Tensor:
         """For every (preprocessed) id a row of the whole table; who holds that row manages the id."""
@@ -197,8 +201,11 @@ class ManagedCollisionModule(nn.Module, abc.ABC):
         """How many parts the rows may be cut into without moving any id to another row."""
         return 1
 
+    def check_cuts(self) -> None:
+        """ValueError where the buffers are those of a module that was cut otherwise. A comparison of a few numbers."""
+
     def validate_state(self) -> None:
-        """ValueError where the buffers contradict each other, as after loading another module's."""
+        """ValueError where the buffers contradict each other, as after loading another module's. Reads all of them."""
 
     def forward(self, features: dict[str, JaggedTensor], mutate_miss_lengths: bool = True) -> dict[str, JaggedTensor]:
         return self.remap(self.profile(self.preprocess(features)), mutate_miss_lengths)
@@ -251,6 +258,13 @@ class MCHManagedCollisionModule(ManagedCollisionModule):
         self._zch_size, self._policy, self._eviction_interval = zch_size, eviction_policy, eviction_interval
         self._input_hash_size, self._input_hash_func = input_hash_size, input_hash_func
         self._name, self._output_global_offset, self._buckets = name, output_global_offset, buckets
+        if len(self._output_segments) > MOST_SEGMENTS:
+            raise ValueError(
+                f"output_segments: {len(self._output_segments)} cuts, at most {MOST_SEGMENTS} can be saved"
+            )
+        segments = torch.full((MOST_SEGMENTS,), -1, device=device)
+        segments[: len(self._output_segments)] = torch.tensor(self._output_segments)
+        self.register_buffer("_output_segments_tensor", segments)
         rows_Z = torch.arange(zch_size, device=device)
         self.register_buffer("_mch_sorted_raw_ids", torch.full_like(rows_Z, NO_ID))
         self.register_buffer("_mch_remapped_ids_mapping", rows_Z)
@@ -391,11 +405,21 @@ class MCHManagedCollisionModule(ManagedCollisionModule):
             buckets=self._buckets,
         ).train(self.training)
         if is_whole:
-            part.load_state_dict(self.state_dict())
+            for name in ("_mch_sorted_raw_ids", "_mch_remapped_ids_mapping", "_mch_counts", "_mch_last_access_iter"):
+                getattr(part, name).copy_(getattr(self, name))
         part._current_iter_tensor.copy_(self._current_iter_tensor)
         return part
 
+    def check_cuts(self) -> None:
+        cuts = [cut for cut in self._output_segments_tensor.tolist() if cut >= 0]
+        if cuts != self._output_segments:
+            raise ValueError(
+                f"{self._name or 'managed collision'}: the state is of a module cut at rows {cuts}, this one is cut at "
+                f"{self._output_segments}, and an id may have its row anywhere: load it under the same cuts"
+            )
+
     def validate_state(self) -> None:
+        self.check_cuts()
         ids_Z, rows_Z = self._mch_sorted_raw_ids, self._mch_remapped_ids_mapping
         if bool((ids_Z.diff() < 0).any()) or not torch.equal(
             rows_Z.sort().values, torch.arange(len(rows_Z)).to(rows_Z)
