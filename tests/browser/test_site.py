@@ -184,3 +184,48 @@ def test_an_executed_copy_counts_only_while_its_code_is_that_of_the_notebook(sit
     stopped.cells[-2].execution_count = None
     nbformat.write(stopped, tmp_path / "stopped.ipynb")
     assert not site_module.is_current(source, tmp_path / "stopped.ipynb"), "it did not run to its end"
+
+
+# ------------------------------------------------------------ in a browser
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_opened_as_files_draw_their_figures_and_fit_a_phone(site, open_page, picture, scheme):
+    page, seen = open_page(390, 844, color_scheme=scheme, offline=True)
+    for name in ("index", "notebooks/00_first", "glossary", "reference/recsys_edu"):
+        page.goto((site / f"{name}.html").as_uri())
+        page.locator("h1").first.wait_for()
+        wider_by = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wider_by == 0, f"{name} is {wider_by} pixels wider than a phone"
+        picture(page, f"site_{name.rpartition('/')[2]}_{scheme}")
+    page.goto((site / "notebooks" / "00_first.html").as_uri())
+    page.locator(".js-plotly-plot .gtitle").first.wait_for()
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    assert dark == (scheme == "dark")
+    assert not seen.errors and not seen.elsewhere
+
+
+@pytest.mark.browser
+def test_the_search_works_on_pages_opened_as_files(site, open_page):
+    page, seen = open_page(1200, 900, offline=True)
+    page.goto((site / "index.html").as_uri())
+    page.locator(".sidebar-search").fill("kumquat")
+    page.keyboard.press("Enter")
+    page.locator("#search-results li").nth(1).wait_for()
+    assert "2 pages" in page.locator("#search-results").inner_text()
+    assert not seen.errors and not seen.elsewhere
+
+
+@pytest.mark.browser
+def test_everything_that_can_be_clicked_has_a_name_and_can_be_reached_with_the_keyboard(site, open_page):
+    page, _ = open_page(800, 900, offline=True)
+    page.goto((site / "notebooks" / "00_first.html").as_uri())
+    labels = page.locator("label[for]:not(.overlay)")
+    assert labels.count() >= 3
+    for index in range(labels.count()):
+        assert labels.nth(index).get_attribute("aria-label") and labels.nth(index).get_attribute("tabindex") == "0"
+    page.locator("label[for=__navigation][role=button]:visible").first.focus()
+    assert not page.locator("#__navigation").is_checked()
+    page.keyboard.press("Enter")
+    assert page.locator("#__navigation").is_checked(), "Enter opens what a click opens"
