@@ -27,7 +27,7 @@ from recsys_edu.distributed.types import ParameterSharding, ShardedModule, Shard
 from recsys_edu.modules.embedding_configs import EmbeddingConfig
 from recsys_edu.modules.embedding_modules import in_lane_order, split_sequences
 from recsys_edu.quant.embedding_modules import EmbeddingCollection
-from recsys_edu.quant.tables import array_remap, served_lanes
+from recsys_edu.quant.tables import array_remap, remappings_of, served_lanes
 from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 
@@ -85,6 +85,19 @@ class ShardedQuantEmbeddingCollection(nn.Module):
 
     def _finish(self, end: LaneLookup, flight: Flight) -> Tensor:
         return WaitSequence.apply(*flight.land(), None, flight, end.exchange, self._assembly)
+
+    def unsharded(self) -> EmbeddingCollection:
+        """A quantised collection on the first device with all rows of all shards; it gives the same answers."""
+        whole = EmbeddingCollection(
+            list(self._configs),
+            self._shards.devices[HOME],
+            self._need_indices,
+            self._output_dtype,
+            index_remappings=remappings_of(self.embeddings),
+        )
+        for name, table in whole.embeddings.items():
+            table.fill(self.embeddings[name].weight)
+        return whole
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
         return self._configs

@@ -27,7 +27,7 @@ from recsys_edu.distributed.types import ParameterSharding, ShardedModule, Shard
 from recsys_edu.modules.embedding_configs import EmbeddingBagConfig
 from recsys_edu.modules.embedding_modules import expand_batches, in_lane_order
 from recsys_edu.quant.embedding_modules import EmbeddingBagCollection
-from recsys_edu.quant.tables import array_remap, served_lanes
+from recsys_edu.quant.tables import array_remap, remappings_of, served_lanes
 from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 
@@ -102,6 +102,19 @@ class ShardedQuantEmbeddingBagCollection(nn.Module):
 
     def _finish(self, end: LaneLookup, flight: Flight) -> Tensor:
         return WaitPooled.apply(None, flight, end.exchange, self._assembly, None, *flight.land())
+
+    def unsharded(self) -> EmbeddingBagCollection:
+        """A quantised collection on the first device with all rows of all shards; it gives the same answers."""
+        whole = EmbeddingBagCollection(
+            list(self._configs),
+            self._is_weighted,
+            self._shards.devices[HOME],
+            self._output_dtype,
+            index_remappings=remappings_of(self.embedding_bags),
+        )
+        for name, table in whole.embedding_bags.items():
+            table.fill(self.embedding_bags[name].weight)
+        return whole
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         return self._configs

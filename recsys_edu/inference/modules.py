@@ -328,6 +328,20 @@ def shard_quant_model(
     return sharded, sharding_plan
 
 
+def unshard_quant_model(model: nn.Module) -> nn.Module:
+    """The inverse of `shard_quant_model`: each sharded collection put together on the device of batches and answers.
+
+    The model given stays as it is; everything but the tables is shared with the one that is returned.
+    """
+    if isinstance(model, (ShardedQuantEmbeddingBagCollection, ShardedQuantEmbeddingCollection)):
+        return model.unsharded()
+    whole = copy.copy(model)
+    whole._modules = {
+        name: None if child is None else unshard_quant_model(child) for name, child in model._modules.items()
+    }
+    return whole
+
+
 def quantize_dense(
     predict_module: nn.Module,
     dtype: torch.dtype,
@@ -339,7 +353,9 @@ def quantize_dense(
 
     Args:
         dtype: bfloat16 or float16: every parameter and buffer outside of the tables. int8: weights of nn.Linear in
-            int8 with a scale per output channel, inputs and sums in float32 (torchao's weight-only quantisation).
+            int8 with a scale per output channel, inputs and sums in float32 (torchao's weight-only quantisation). It
+            saves bytes and, on a CPU, no time; bfloat16 does both on processors that compute in it. torch's older
+            `quantize_dynamic` is faster there, but torch.export cannot write it down.
         additional_embedding_module_type: further modules to leave as they are.
 
     Raises:
@@ -366,7 +382,7 @@ def _int8_linear(linear: nn.Linear) -> nn.Module:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
-        raise ImportError("int8 for the dense part is torchao's: pip install torchao") from error
+        raise ImportError("int8 for the dense part is torchao's: pip install 'recsys_edu[quant]'") from error
     quantize_(linear, Int8WeightOnlyConfig())
     return linear
 

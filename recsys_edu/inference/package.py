@@ -11,17 +11,16 @@ compiler is at hand.
     program = torch.export.load("film.pt2").module()                # anywhere, with torch alone
     program(dense_BI, lengths_FB, [values_N, ...])                  # int64; "fbgemm": import fbgemm_gpu first
 
-The ids of a request come feature by feature, so no graph has to cut one tensor at places that only its data knows.
-Inside, an id outside its table finds zeros, as -1 does: a graph that runs far from here must not read foreign memory.
-`Package.predict` and the server refuse such ids by name before they get there.
+Models with weighted collections take a fourth argument, [weights_N, ...], one float32 for every id. A model that is
+sharded over devices is put together first, for a package has one device. In the graph (traced.py) an id outside its
+table finds zeros; `Package.predict` and the server refuse such ids by name before they get there.
 
-Shapes: B batch, F features, I dense inputs, N values of one feature, L lanes, D columns.
+Shapes: B batch, F features, I dense inputs, N values of one feature.
 Source: torch.export, AOTInductor; for tables torchrec.inference's state dicts.
 """
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
 import zipfile
@@ -34,13 +33,11 @@ from torch import Tensor, nn
 
 from recsys_edu.distributed.types import ShardedModule
 from recsys_edu.inference.archive import ARCHIVE_FORMAT, PackageError, seal, verify, written_aside
-from recsys_edu.inference.modules import PredictModule
-from recsys_edu.kernels.quantized import found_rows, sum_bags
-from recsys_edu.modules.embedding_configs import PoolingType
+from recsys_edu.inference.modules import PredictModule, unshard_quant_model
+from recsys_edu.inference.traced import Served, in_plain_tensors, with_lookups
 from recsys_edu.modules.embedding_modules import EmbeddingBagCollection as FloatEmbeddingBagCollection
 from recsys_edu.modules.embedding_modules import EmbeddingCollection as FloatEmbeddingCollection
 from recsys_edu.quant.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
-from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from recsys_edu.types import DataType
 
 SCORES = ("probability", "raw")
@@ -57,6 +54,7 @@ class Trial:
     lengths: list[list[int]]
     values: list[list[int]]
     scores: list[float]
+    weights: list[list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ class PackageMetadata:
         score: "probability" (behind a sigmoid) or "raw".
         kernels: "fbgemm" (its operators have to be loaded) or "pytorch".
         device: where its weights are.
+        weighted: every id comes with a weight.
     """
 
     kind: str
@@ -82,74 +81,8 @@ class PackageMetadata:
     device: str
     torch: str
     trial: Trial
+    weighted: bool = False
     format: int = ARCHIVE_FORMAT
-
-
-class LookupBags(nn.Module):
-    """A quantised EmbeddingBagCollection in operators that torch.export writes down.
-
-    With FBGEMM's kernel one operator reads all tables; otherwise each lane is a few of PyTorch's own.
-    """
-
-    def __init__(self, bags: EmbeddingBagCollection, kernels: str) -> None:
-        super().__init__()
-        self.kernel, self.kernels = bags.kernel, kernels
-        self._lanes, self._remap = bags._lanes, bags._remap
-        self._output_dtype = bags.output_dtype()
-
-    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        lanes, jagged = self._lanes, features.to_dict()
-        ids = [self._row_numbers(lane, jagged[name].values()) for lane, name in enumerate(lanes.features)]
-        lengths_LB = torch.stack([jagged[name].lengths() for name in lanes.features])
-        if self.kernels == "fbgemm":
-            offsets = torch.nn.functional.pad(lengths_LB.flatten().long().cumsum(0), (1, 0))
-            sums = list(self.kernel(torch.cat(ids), offsets).split(list(lanes.dims), dim=1))
-        else:
-            sums = [self._sums_of(lane, lane_ids, lengths_LB[lane]) for lane, lane_ids in enumerate(ids)]
-        for lane, pooling in enumerate(lanes.poolings):
-            if pooling is PoolingType.MEAN:
-                sums[lane] = sums[lane] / lengths_LB[lane].clamp(min=1).unsqueeze(1)
-        pooled_BD = torch.cat(sums, dim=1).to(self._output_dtype)
-        return KeyedTensor(keys=list(lanes.names), length_per_key=list(lanes.dims), values=pooled_BD)
-
-    def _row_numbers(self, lane: int, ids_N: Tensor) -> Tensor:
-        """Ids as rows of the lane's table; -1, which finds zeros, for those outside it."""
-        known_N = (ids_N >= 0) & (ids_N < self._lanes.num_rows[lane])
-        inside_N = torch.where(known_N, ids_N, 0)
-        if self._remap is not None:
-            inside_N = self._remap.remap_lane(lane, inside_N)
-        return torch.where(known_N, inside_N, -1)
-
-    def _sums_of(self, lane: int, rows_N: Tensor, lengths_B: Tensor) -> Tensor:
-        table, spec = self._lanes.tables[lane], self.kernel.spec
-        vectors_ND = found_rows(self.kernel.table_rows()[table], spec.data_types[table], self._lanes.dims[lane], rows_N)
-        offsets = torch.nn.functional.pad(lengths_B.long().cumsum(0), (1, 0))
-        return sum_bags(vectors_ND, offsets, None)
-
-
-class Served(nn.Module):
-    """The model behind the calling convention of packages: plain tensors in, scores [B] out."""
-
-    def __init__(self, model: nn.Module, features: list[str], num_dense: int, score: str) -> None:
-        super().__init__()
-        self.model, self.features, self.num_dense, self.score = model, features, num_dense, score
-
-    def forward(self, dense_BI: Tensor, lengths_FB: Tensor, values: list[Tensor]) -> Tensor:
-        jagged = {
-            name: JaggedTensor(feature_values, lengths=lengths_FB[place])
-            for place, (name, feature_values) in enumerate(zip(self.features, values))
-        }
-        kjt = KeyedJaggedTensor(
-            self.features,
-            torch.cat(values),
-            lengths=lengths_FB.flatten(),
-            stride=lengths_FB.shape[1],
-            length_per_key=[feature_values.shape[0] for feature_values in values],
-            jt_dict=jagged,
-        )
-        answer = self.model(dense_BI, kjt) if self.num_dense else self.model(kjt)
-        answer = answer.float().sigmoid() if self.score == "probability" else answer.float()
-        return answer.squeeze(-1)
 
 
 def export_package(
@@ -162,35 +95,34 @@ def export_package(
     """Write a quantised model as a graph that torch alone can run.
 
     Args:
-        model: quantised and unsharded, called as `model(dense, kjt)`, or `model(kjt)` where num_dense is 0; or a
-            PredictModule around one. It answers [B, 1] or [B] logits. It is put into eval mode.
+        model: quantised, called as `model(dense, kjt)`, or `model(kjt)` where num_dense is 0; or a PredictModule
+            around one. It answers [B, 1] or [B] logits. It is put into eval mode. If it is sharded, the package holds
+            the equal unsharded one, on the device of batches and answers.
         path: the file, `.pt2` by custom and because torch asks for it.
         num_dense: I.
         score: "probability" puts a sigmoid behind the model, "raw" does not.
         kernels: "pytorch", for machines without FBGEMM; "fbgemm"; None takes what the model itself uses.
 
     Raises:
-        ValueError: nothing quantised in the model, float or sharded tables, weighted features; an unknown argument.
+        ValueError: nothing quantised in the model, float tables; an unknown argument.
 
     The file is replaced as a whole, and only after the graph has given the model's own answers.
     """
     path, model = Path(path), model.predict_module if isinstance(model, PredictModule) else model
     if score not in SCORES:
         raise ValueError(f"score is one of {', '.join(SCORES)}, got {score!r}")
-    tables = _exportable(model)
+    whole = unshard_quant_model(model.eval())
+    tables = _exportable(whole)
     kernels = _choose_kernels(tables, kernels)
     features, num_rows = _features_of(tables)
-    served = Served(_with_lookups(model, kernels), features, num_dense, score).eval()
+    weighted = any(isinstance(child, EmbeddingBagCollection) and child.is_weighted() for child in tables)
+    served = Served(in_plain_tensors(with_lookups(whole, kernels)), features, num_dense, score).eval()
     device = tables[0].device
-    generator = torch.Generator().manual_seed(0)
-    request = _random_request(num_rows, num_dense, generator, device)
-    batch = torch.export.Dim("batch")
-    counts = [torch.export.Dim(f"values_{place}") for place in range(len(features))]
-    shapes = {"dense_BI": {0: batch}, "lengths_FB": {1: batch}, "values": [{0: count} for count in counts]}
+    request = _random_request(num_rows, num_dense, weighted, device)
     with torch.no_grad():
-        program = torch.export.export(served, request, dynamic_shapes=shapes)
+        program = torch.export.export(served, request, dynamic_shapes=_dynamic_shapes(len(features), weighted))
         scores = program.module()(*request)
-        expected = Served(model.eval(), features, num_dense, score)(*request)
+        expected = Served(model, features, num_dense, score)(*request)
     if not torch.allclose(scores, expected, rtol=TOLERANCE, atol=TOLERANCE):
         raise RuntimeError(f"the graph answers {scores.tolist()}, the model {expected.tolist()}: nothing was written")
     metadata = PackageMetadata(
@@ -203,6 +135,7 @@ def export_package(
         device=str(device),
         torch=torch.__version__,
         trial=_recorded(request, scores),
+        weighted=weighted,
     )
     with written_aside(path) as aside:
         torch.export.save(program, aside)
@@ -213,17 +146,10 @@ def export_package(
 def _exportable(model: nn.Module) -> list[EmbeddingBagCollection | EmbeddingCollection]:
     """The model's quantised collections, once it is sure that there is nothing else."""
     for name, child in model.named_modules():
-        if isinstance(child, ShardedModule):
-            raise ValueError(
-                f"{name!r} is sharded over several devices, and a package has one: export the unsharded quantised "
-                "model; it gives the same answers"
-            )
+        if isinstance(child, ShardedModule):  # quantised ones were put together before
+            raise ValueError(f"{name!r} is sharded and not quantised: gather it, then call quantize_inference_model")
         if isinstance(child, (FloatEmbeddingBagCollection, FloatEmbeddingCollection)):
             raise ValueError(f"{name!r} is not quantised: call quantize_inference_model first")
-        if isinstance(child, EmbeddingBagCollection) and child.is_weighted():
-            raise ValueError(f"{name!r} takes weighted features, which packages do not carry")
-        if isinstance(child, EmbeddingCollection) and child._remap is not None:
-            raise ValueError(f"{name!r} is a sequence collection with index remappings, which packages do not carry")
     kinds = (EmbeddingBagCollection, EmbeddingCollection)
     tables = [child for child in model.modules() if isinstance(child, kinds)]
     if not tables:
@@ -255,20 +181,18 @@ def _features_of(tables: Sequence[EmbeddingBagCollection | EmbeddingCollection])
     return list(rows), list(rows.values())
 
 
-def _with_lookups(module: nn.Module, kernels: str) -> nn.Module:
-    """The model with its collections as LookupBags; it shares every tensor with the original, which stays as it is."""
-    if isinstance(module, EmbeddingBagCollection):
-        return LookupBags(module, kernels)
-    clone = copy.copy(module)
-    clone._modules = {
-        name: None if child is None else _with_lookups(child, kernels) for name, child in module._modules.items()
-    }
-    return clone
+def _dynamic_shapes(num_features: int, weighted: bool) -> dict[str, object]:
+    """What may differ from request to request: the batch size, and each feature's number of ids."""
+    batch = torch.export.Dim("batch")
+    counts = [{0: torch.export.Dim(f"values_{place}")} for place in range(num_features)]
+    shapes = {"dense_BI": {0: batch}, "lengths_FB": {1: batch}, "values": counts}
+    return shapes | {"weights": list(counts)} if weighted else shapes
 
 
 def _random_request(
-    num_rows: Sequence[int], num_dense: int, generator: torch.Generator, device: torch.device
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    num_rows: Sequence[int], num_dense: int, weighted: bool, device: torch.device
+) -> tuple[Tensor, Tensor, list[Tensor]] | tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
     dense_BI = torch.rand(TRIAL_BATCH, num_dense, generator=generator)
     lengths_FB = torch.full((len(num_rows), TRIAL_BATCH), TRIAL_IDS)
     # One value more per feature: torch.export would take sizes that agree for one and the same
@@ -277,12 +201,16 @@ def _random_request(
         torch.randint(0, rows, (int(lengths.sum()),), generator=generator)
         for rows, lengths in zip(num_rows, lengths_FB)
     ]
-    return dense_BI.to(device), lengths_FB.to(device), [ids.to(device) for ids in values]
+    request = (dense_BI.to(device), lengths_FB.to(device), [ids.to(device) for ids in values])
+    if not weighted:
+        return request
+    return *request, [torch.rand(ids.numel(), generator=generator).to(device) for ids in values]
 
 
-def _recorded(request: tuple[Tensor, Tensor, list[Tensor]], scores: Tensor) -> Trial:
-    dense_BI, lengths_FB, values = request
-    return Trial(dense_BI.tolist(), lengths_FB.tolist(), [ids.tolist() for ids in values], scores.tolist())
+def _recorded(request: tuple[Tensor, Tensor, list[Tensor], *tuple[list[Tensor], ...]], scores: Tensor) -> Trial:
+    dense_BI, lengths_FB, values, *rest = request
+    weights = [each.tolist() for each in rest[0]] if rest else None
+    return Trial(dense_BI.tolist(), lengths_FB.tolist(), [ids.tolist() for ids in values], scores.tolist(), weights)
 
 
 def compiler_at_hand() -> str | None:
@@ -353,18 +281,25 @@ class Package:
     """A loaded package: `predict` checks a batch and scores it."""
 
     metadata: PackageMetadata
-    program: Callable[[Tensor, Tensor, list[Tensor]], Tensor]
+    program: Callable[..., Tensor]
 
-    def predict(self, dense_BI: Tensor, lengths_FB: Tensor, values: Sequence[Tensor]) -> Tensor:
+    def predict(
+        self,
+        dense_BI: Tensor,
+        lengths_FB: Tensor,
+        values: Sequence[Tensor],
+        weights: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Scores [B].
 
         Args:
             dense_BI: float32, [B, 0] for a model without dense inputs.
             lengths_FB: int64 or int32, how many ids each example has of each feature.
             values: per feature its ids, int64 or int32, example after example.
+            weights: per feature one float for each id, for a model that is weighted, and only for one.
 
         Raises:
-            ValueError: shapes that do not fit each other or the model.
+            ValueError: shapes that do not fit each other or the model; weights missing or too many.
             IndexError: an id outside its feature's tables, by name.
         """
         known, batch_size = self.metadata, dense_BI.shape[0]
@@ -381,12 +316,20 @@ class Package:
                 raise IndexError(f"feature {name!r}: id {int(ids[bad][0])} is outside 0 ... {rows - 1}")
         if bool((lengths_FB < 0).any()):  # host sync
             raise ValueError("a length is negative")
+        self._check_weights(values, weights)
         if batch_size == 0:  # machine code of AOTInductor does not expect this
             return dense_BI.new_zeros(0)
         with torch.inference_mode():
-            return self.program(
-                dense_BI.float(), lengths_FB.long(), [ids.long() for ids in values]
-            )  # what graphs expect
+            request = (dense_BI.float(), lengths_FB.long(), [ids.long() for ids in values])  # what graphs expect
+            return self.program(*request, [each.float() for each in weights]) if weights else self.program(*request)
+
+    def _check_weights(self, values: Sequence[Tensor], weights: Sequence[Tensor] | None) -> None:
+        if self.metadata.weighted != (weights is not None):
+            does = "takes" if self.metadata.weighted else "does not take"
+            raise ValueError(f"the packaged model {does} a weight for every id")
+        for name, ids, own in zip(self.metadata.features, values, weights or (), strict=weights is not None):
+            if own.shape != ids.shape:
+                raise ValueError(f"feature {name!r} has {ids.numel()} ids and {own.numel()} weights")
 
 
 def load_package(path: str | Path) -> Package:
@@ -406,10 +349,12 @@ def load_package(path: str | Path) -> Package:
             f"{path}, made by torch {metadata.torch}, does not load under {torch.__version__}: {error}"
         ) from error
     trial, device = metadata.trial, torch.device(metadata.device)
+    weights = None if trial.weights is None else [torch.tensor(each, device=device) for each in trial.weights]
     scores = package.predict(
         torch.tensor(trial.dense, device=device).view(TRIAL_BATCH, metadata.num_dense),
         torch.tensor(trial.lengths, device=device),
         [torch.tensor(ids, device=device, dtype=torch.int64) for ids in trial.values],
+        weights,
     )
     expected = torch.tensor(trial.scores)
     if not torch.allclose(scores.cpu(), expected, rtol=TOLERANCE, atol=TOLERANCE):

@@ -2,8 +2,9 @@
 
     {"examples": [{"dense": [0.1, 0.7, 0.2], "ids": {"user": [196], "film": [242, 302]}}]}   ->   {"scores": [0.73]}
 
-A feature that an example leaves out is empty. Everything else has to fit: an unknown feature, an id that no table
-knows, a number that is none are refused with the place where they stand.
+A feature that an example leaves out is empty. A weighted model also reads "weights": {"film": [1, 0.5]}, one number
+for each id; ids of a feature that is left out there weigh 1. Everything else has to fit: an unknown feature, an id
+that no table knows, a number that is none are refused with the place where they stand.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ class RefusedRequest(ValueError):
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """One request, checked: `dense[b]`, and per feature `lengths[f][b]` and its ids, example after example."""
+    """One request, checked: `dense[b]`, and per feature `lengths[f][b]` and its ids, example after example.
+
+    `weights` lie as `values` do; None for a model that takes none.
+    """
 
     dense: list[list[float]]
     lengths: list[list[int]]
     values: list[list[int]]
+    weights: list[list[float]] | None = None
 
     @property
     def num_examples(self) -> int:
@@ -61,34 +66,56 @@ def parse_request(body: bytes, model: PackageMetadata, max_examples: int) -> Sco
         raise RefusedRequest(422, f"unknown keys {unknown[:3]} beside 'examples'")
     if not 0 < len(examples) <= max_examples:
         raise RefusedRequest(422, f"{len(examples)} examples; a request has 1 to {max_examples}")
-    dense, lengths, values = [], [[] for _ in model.features], [[] for _ in model.features]
+    dense, (lengths, values, weights) = [], ([[] for _ in model.features] for _ in range(3))
+    keys = {"dense", "ids", "weights"} if model.weighted else {"dense", "ids"}
     for place, example in enumerate(examples):
         where = f"examples[{place}]"
-        if not isinstance(example, dict) or example.keys() - {"dense", "ids"}:
-            raise RefusedRequest(422, f'{where}: expected an object with "dense" and "ids" and nothing else')
+        if not isinstance(example, dict) or example.keys() - keys:
+            raise RefusedRequest(422, f"{where}: expected an object with {' and '.join(sorted(keys))} and nothing else")
         dense.append(_dense_of(example.get("dense", []), model.num_dense, where))
-        ids = example.get("ids", {})
-        if not isinstance(ids, dict):
-            raise RefusedRequest(422, f"{where}.ids: expected an object from feature to list of ids")
-        unknown = sorted(ids.keys() - set(model.features))
-        if unknown:
-            raise RefusedRequest(422, f"{where}.ids: no features {unknown[:3]}; there are {model.features}")
+        ids = _by_feature(example, "ids", model, where)
+        own_weights = _by_feature(example, "weights", model, where)
         for feature, (name, num_rows) in enumerate(zip(model.features, model.num_rows)):
             found = _ids_of(ids.get(name, []), num_rows, where, name)
             lengths[feature].append(len(found))
             values[feature].extend(found)
-    return ScoringRequest(dense, lengths, values)
+            if model.weighted:
+                weights[feature].extend(_weights_of(own_weights.get(name, [1.0] * len(found)), len(found), where, name))
+    return ScoringRequest(dense, lengths, values, weights if model.weighted else None)
+
+
+def _by_feature(example: dict[str, Any], key: str, model: PackageMetadata, where: str) -> dict[str, Any]:
+    found = example.get(key, {})
+    if not isinstance(found, dict):
+        raise RefusedRequest(422, f"{where}.{key}: expected an object from feature to list of {key}")
+    unknown = sorted(found.keys() - set(model.features))
+    if unknown:
+        raise RefusedRequest(422, f"{where}.{key}: no features {unknown[:3]}; there are {model.features}")
+    return found
 
 
 def _dense_of(numbers: Any, expected: int, where: str) -> list[float]:
     if not isinstance(numbers, list) or len(numbers) != expected:
         got = f"{len(numbers)} of them" if isinstance(numbers, list) else type(numbers).__name__
         raise RefusedRequest(422, f"{where}.dense: expected a list of {expected} numbers, got {got}")
+    _refuse_numbers(numbers, f"{where}.dense")
+    return numbers
+
+
+def _weights_of(numbers: Any, expected: int, where: str, name: str) -> list[float]:
+    where = f"{where}.weights[{name!r}]"
+    if not isinstance(numbers, list) or len(numbers) != expected:
+        got = f"{len(numbers)} of them" if isinstance(numbers, list) else type(numbers).__name__
+        raise RefusedRequest(422, f"{where}: expected one number for each of {expected} ids, got {got}")
+    _refuse_numbers(numbers, where)
+    return numbers
+
+
+def _refuse_numbers(numbers: list[Any], where: str) -> None:
     for place, number in enumerate(numbers):
         kind = type(number)  # a bool is an int to isinstance
         if (kind is not float and kind is not int) or not abs(number) <= LARGEST_FLOAT or math.isnan(number):
-            raise RefusedRequest(422, f"{where}.dense[{place}]: {_shown(number)} is no finite 32-bit number")
-    return numbers
+            raise RefusedRequest(422, f"{where}[{place}]: {_shown(number)} is no finite 32-bit number")
 
 
 def _ids_of(ids: Any, num_rows: int, where: str, name: str) -> list[int]:
@@ -105,15 +132,24 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def join_requests(requests: Sequence[ScoringRequest], model: PackageMetadata) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """One batch of all requests' examples, in order: dense [B, I], lengths [F, B], values [N] per feature."""
+def join_requests(
+    requests: Sequence[ScoringRequest], model: PackageMetadata
+) -> tuple[Tensor, Tensor, list[Tensor]] | tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """One batch of all requests' examples, in order: dense [B, I], lengths [F, B], values [N] per feature.
+
+    A weighted model's batch has a fourth part: weights [N] per feature.
+    """
     dense = [row for request in requests for row in request.dense]
     features = range(len(model.features))
     lengths = [[length for request in requests for length in request.lengths[feature]] for feature in features]
     values = [[each for request in requests for each in request.values[feature]] for feature in features]
     device = torch.device(model.device)
-    return (
+    batch = (
         torch.tensor(dense, dtype=torch.float32, device=device).view(len(dense), model.num_dense),
         torch.tensor(lengths, dtype=torch.int64, device=device).view(len(features), len(dense)),
         [torch.tensor(ids, dtype=torch.int64, device=device) for ids in values],
     )
+    if not model.weighted:
+        return batch
+    weights = [[each for request in requests for each in request.weights[feature]] for feature in features]
+    return *batch, [torch.tensor(each, dtype=torch.float32, device=device) for each in weights]

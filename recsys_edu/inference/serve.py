@@ -115,7 +115,7 @@ def make_app(package: Package, options: BatchingOptions) -> Any:
 
     async def health(request: Request) -> JSONResponse:
         about = {"features": dict(zip(model.features, model.num_rows)), "num_dense": model.num_dense}
-        about |= {"score": model.score, "kind": model.kind, "max_batch": options.max_batch}
+        about |= {"weighted": model.weighted, "score": model.score, "kind": model.kind, "max_batch": options.max_batch}
         return JSONResponse({"status": "ok" if batcher.alive else "stopped", **about}, 200 if batcher.alive else 503)
 
     async def show_metrics(request: Request) -> Response:

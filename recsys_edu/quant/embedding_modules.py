@@ -48,6 +48,7 @@ from recsys_edu.quant.tables import (
     make_tables,
     quantized_weights,
     read_float_module,
+    remappings_of,
     served_lanes,
 )
 from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
@@ -207,7 +208,7 @@ class EmbeddingBagCollection(EmbeddingBagCollectionInterface, ModuleNoCopyMixin)
     @property
     def index_remappings(self) -> dict[str, Tensor]:
         """The remapping of each table that has one."""
-        return _remappings_of(self.embedding_bags)
+        return remappings_of(self.embedding_bags)
 
     @property
     def device(self) -> torch.device:
@@ -339,7 +340,7 @@ class EmbeddingCollection(EmbeddingCollectionInterface, ModuleNoCopyMixin):
     @property
     def index_remappings(self) -> dict[str, Tensor]:
         """The remapping of each table that has one."""
-        return _remappings_of(self.embeddings)
+        return remappings_of(self.embeddings)
 
     @property
     def device(self) -> torch.device:
@@ -354,10 +355,6 @@ def _renew_remap(collection: nn.Module, incompatible_keys: object = None) -> Non
     """Remappings were loaded or moved: read them again."""
     del incompatible_keys
     collection._remap = array_remap(_tables_of(collection), collection._lanes, collection.device)
-
-
-def _remappings_of(tables: nn.ModuleDict) -> dict[str, Tensor]:
-    return {name: table.index_remapping for name, table in tables.items() if table.index_remapping is not None}
 
 
 def _refuse_meta(device: torch.device) -> None:

@@ -211,6 +211,11 @@ def array_remap(modules: nn.ModuleDict, lanes: Lanes, device: torch.device) -> A
     return ArrayRemap(arrays, device) if any(array is not None for array in arrays) else None
 
 
+def remappings_of(tables: nn.ModuleDict) -> dict[str, Tensor]:
+    """Table to its remapping, for the tables that have one."""
+    return {name: table.index_remapping for name, table in tables.items() if table.index_remapping is not None}
+
+
 @dataclass(frozen=True)
 class FloatTables:
     """What `from_float` found out about a float collection: configs as they will be served, rows, remappings."""

@@ -117,7 +117,7 @@ def test_dense_part_in_int8() -> None:
     with pytest.raises(ValueError, match=r"bfloat16, float16 or int8, got torch\.int32"):
         quantize_dense(model, torch.int32)
     if importlib.util.find_spec("torchao") is None:
-        with pytest.raises(ImportError, match="pip install torchao"):
+        with pytest.raises(ImportError, match=r"pip install 'recsys_edu\[quant\]'"):
             quantize_dense(model, torch.int8)
         return
     inputs = torch.rand(4, 32)

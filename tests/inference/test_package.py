@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,8 +15,16 @@ import pytest
 import torch
 from torch import nn
 
+from recsys_edu.distributed.planner import ParameterConstraints
+from recsys_edu.distributed.types import ShardedModule
 from recsys_edu.inference.archive import PackageError, load_quantized_state, save_quantized_state, verify
-from recsys_edu.inference.modules import quantize_inference_model, set_index_remappings, shard_quant_model
+from recsys_edu.inference.modules import (
+    quantize_dense,
+    quantize_inference_model,
+    set_index_remappings,
+    shard_quant_model,
+    unshard_quant_model,
+)
 from recsys_edu.inference.package import (
     compile_package,
     compiler_at_hand,
@@ -34,13 +44,14 @@ NO_FBGEMM = pytest.mark.skipif(not fbgemm_status().available, reason="no FBGEMM"
 KERNELS = ["pytorch", pytest.param("fbgemm", marks=[pytest.mark.fbgemm, NO_FBGEMM])]
 
 
-def float_model(seed: int = 0, dim: int = 8) -> DLRM:
+def float_model(seed: int = 0, dim: int = 8, weighted: bool = False) -> DLRM:
     torch.manual_seed(seed)
     tables = EmbeddingBagCollection(
         [
             EmbeddingBagConfig(50, dim, "people", feature_names=["user", "friend"]),
             EmbeddingBagConfig(30, dim, "film", feature_names=["film"], pooling=PoolingType.MEAN),
-        ]
+        ],
+        is_weighted=weighted,
     )
     return DLRM(tables, 3, [16, dim], [16, 1])
 
@@ -54,10 +65,11 @@ def request(lengths_FB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[
     return torch.rand(lengths_FB.shape[1], 3), lengths_FB, values
 
 
-def scores_of(model: nn.Module, dense_BI, lengths_FB, values) -> torch.Tensor:
-    kjt = KeyedJaggedTensor(FEATURES, torch.cat(values), lengths=lengths_FB.flatten())
+def scores_of(model: nn.Module, dense_BI, lengths_FB, values, weights=None) -> torch.Tensor:
+    weights_N = None if weights is None else torch.cat(weights)
+    kjt = KeyedJaggedTensor(FEATURES, torch.cat(values), weights_N, lengths=lengths_FB.flatten())
     with torch.no_grad():
-        return model(dense_BI, kjt).sigmoid().squeeze(-1)
+        return model(dense_BI, kjt).float().sigmoid().squeeze(-1)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -89,6 +101,69 @@ def test_pruned_tables_are_packed_with_their_renumbering(tmp_path: Path, kernels
     export_package(model, tmp_path / "m.pt2", num_dense=3, kernels=kernels)
     batch = request(torch.randint(0, 4, (3, 9)))
     torch.testing.assert_close(load_package(tmp_path / "m.pt2").predict(*batch), scores_of(model, *batch))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_weighted_models_take_a_weight_for_every_id(tmp_path: Path, kernels: str) -> None:
+    model = quantize_inference_model(float_model(weighted=True))
+    assert export_package(model, tmp_path / "m.pt2", num_dense=3, kernels=kernels).weighted
+    package = load_package(tmp_path / "m.pt2")
+    for lengths_FB in (torch.randint(0, 4, (3, 7)), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 1).long()):
+        batch = request(lengths_FB)
+        weights = [torch.randn(ids.numel()) for ids in batch[2]]
+        torch.testing.assert_close(package.predict(*batch, weights), scores_of(model, *batch, weights))
+    with pytest.raises(ValueError, match="takes a weight for every id"):
+        package.predict(*batch)
+    with pytest.raises(ValueError, match="'friend' has 1 ids and 2 weights"):
+        package.predict(*batch, [weights[0], torch.ones(2), weights[2]])
+    plain = tmp_path / "plain.pt2"
+    export_package(quantised(), plain, num_dense=3, kernels=kernels)
+    with pytest.raises(ValueError, match="does not take a weight"):
+        load_package(plain).predict(*batch, weights)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("case", ["plain", "weighted", "pruned"])
+@pytest.mark.parametrize("kind", ["row_wise", "column_wise", "table_wise"])
+def test_sharded_models_are_packed_as_the_equal_unsharded_one(
+    tmp_path: Path, kernels: str, case: str, kind: str
+) -> None:
+    model = float_model(weighted=case == "weighted")
+    if case == "pruned":
+        weight = model.sparse_arch.embedding_bag_collection.embedding_bags["people"].weight
+        set_index_remappings(model, {"people": keep_largest_rows(weight, 20).array()})
+    per_table = {"film": torch.quint4x2}
+    model = quantize_inference_model(model, per_table_weight_dtype=per_table)
+    constraints = {name: ParameterConstraints(sharding_types=[kind], min_partition=4) for name in ("people", "film")}
+    sharded, plan = shard_quant_model(copy.deepcopy(model), 2, "cpu", constraints=constraints)
+    found = plan.plan["sparse_arch.embedding_bag_collection"]
+    assert {each.sharding_type for each in found.values()} == {kind}
+    export_package(sharded, tmp_path / "m.pt2", num_dense=3, kernels=kernels)
+    package = load_package(tmp_path / "m.pt2")
+    batch = request(torch.randint(0, 4, (3, 9)))
+    rest = [[torch.rand(ids.numel()) for ids in batch[2]]] if case == "weighted" else []
+    torch.testing.assert_close(package.predict(*batch, *rest), scores_of(sharded, *batch, *rest))
+    whole = unshard_quant_model(sharded)
+    assert isinstance(sharded.sparse_arch.embedding_bag_collection, ShardedModule)  # it stayed as it was
+    assert torch.equal(scores_of(whole, *batch, *rest), scores_of(model, *batch, *rest))
+    for name, saved in whole.state_dict().items():
+        assert torch.equal(saved, model.state_dict()[name]), name
+
+
+def test_a_dense_part_in_int8_or_half_precision_is_packed(tmp_path: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.int8):
+        if dtype is torch.int8 and importlib.util.find_spec("torchao") is None:
+            continue  # test_modules.py says what is missing
+        tables = torch.float32 if dtype is torch.int8 else dtype
+        model = quantize_dense(quantised(output_dtype=tables), dtype).eval()
+        if dtype is not torch.int8:
+            model.register_forward_pre_hook(lambda _, given, dtype=dtype: (given[0].to(dtype), *given[1:]))
+        export_package(model, tmp_path / "m.pt2", num_dense=3)
+        batch = request(torch.randint(0, 4, (3, 9)))
+        found = load_package(tmp_path / "m.pt2").predict(*batch)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, scores_of(model, *batch), rtol=0, atol=2e-3)
+        torch.testing.assert_close(found, scores_of(quantised(), *batch), rtol=0, atol=2e-2)
 
 
 PLAIN_TORCH = """
@@ -179,14 +254,6 @@ def test_what_cannot_be_packed(tmp_path: Path) -> None:
         export_package(quantised(), path, num_dense=3, score="percent")
     with pytest.raises(ValueError, match="kernels are"):
         export_package(quantised(), path, num_dense=3, kernels="cuda")
-    sharded, _ = shard_quant_model(quantised(), 2, "cpu")
-    with pytest.raises(ValueError, match="sharded"):
-        export_package(sharded, path, num_dense=3)
-    weighted = nn.Sequential(
-        EmbeddingBagCollection([EmbeddingBagConfig(5, 4, "t", feature_names=["f"])], is_weighted=True)
-    )
-    with pytest.raises(ValueError, match="weighted"):
-        export_package(quantize_inference_model(weighted), path, num_dense=0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -204,14 +271,24 @@ class Sequences(nn.Module):
         return self.over(sums_BD)
 
 
-def test_a_sequence_model_without_dense_inputs(tmp_path: Path) -> None:
-    model = quantize_inference_model(Sequences())
+@pytest.mark.parametrize("case", ["plain", "pruned", "sharded"])
+def test_a_sequence_model_without_dense_inputs(tmp_path: Path, case: str) -> None:
+    model = Sequences()
+    if case == "pruned":
+        set_index_remappings(model, {"film": keep_largest_rows(model.ec.embeddings["film"].weight, 20).array()})
+    model = quantize_inference_model(model)
+    if case == "sharded":
+        model, _ = shard_quant_model(model, 2, "cpu")
     export_package(model, tmp_path / "m.pt2", num_dense=0, score="raw")
     values, lengths = torch.randint(0, 30, (6,)), torch.tensor([2, 1, 3])
-    found = load_package(tmp_path / "m.pt2").predict(torch.empty(3, 0), lengths.unsqueeze(0), [values])
+    package = load_package(tmp_path / "m.pt2")
+    found = package.predict(torch.empty(3, 0), lengths.unsqueeze(0), [values])
     with torch.no_grad():
         expected = model(KeyedJaggedTensor(["film"], values, lengths=lengths)).squeeze(-1)
     torch.testing.assert_close(found, expected)
+    with torch.no_grad():  # a program by itself finds zeros where no id is
+        strange = package.program(torch.empty(1, 0), torch.tensor([[1]]), [torch.tensor([10**9])])
+    torch.testing.assert_close(strange, model.over.bias)
 
 
 @pytest.fixture(scope="module")

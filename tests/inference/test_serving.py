@@ -8,15 +8,17 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_package import FEATURES, ROWS, quantised, scores_of
+from test_package import FEATURES, ROWS, float_model, quantised, scores_of
 
 from recsys_edu.inference import serve
 from recsys_edu.inference.batching import Batcher, BatchingOptions
 from recsys_edu.inference.load_test import ask, run_load, server_process
+from recsys_edu.inference.modules import quantize_inference_model
 from recsys_edu.inference.package import PackageMetadata, Trial, export_package
 from recsys_edu.inference.requests import RefusedRequest, ScoringRequest, join_requests, parse_request
 
@@ -71,6 +73,27 @@ def test_bad_requests_are_refused_with_a_reason(body: bytes, status: int, reason
     with pytest.raises(RefusedRequest, match=reason) as refused:
         parse_request(body, MODEL, 10)
     assert refused.value.status == status and len(refused.value.reason) < 300
+
+
+WEIGHTED = replace(MODEL, weighted=True)
+
+
+def test_weights_of_ids_come_with_the_request() -> None:
+    weighted = GOOD | {"weights": {"film": [0.5, 2]}}
+    found = parse_request(json.dumps({"examples": [weighted, GOOD]}).encode(), WEIGHTED, 10)
+    assert found.weights == [[1, 1], [], [0.5, 2, 1, 1]]
+    weights = join_requests([found, found], WEIGHTED)[3]
+    assert [each.tolist() for each in weights] == [[1] * 4, [], [0.5, 2, 1, 1] * 2]
+    for wrong, reason in (
+        ([0.5], r"weights\['film'\]: expected one number for each of 2 ids, got 1 of them"),
+        ([0.5, None], r"weights\['film'\]\[1\]: null is no finite"),
+        (1, "got int"),
+    ):
+        body = json.dumps({"examples": [GOOD | {"weights": {"film": wrong}}]}).encode()
+        with pytest.raises(RefusedRequest, match=reason):
+            parse_request(body, WEIGHTED, 10)
+    with pytest.raises(RefusedRequest, match="expected an object with dense and ids and nothing else"):
+        parse_request(json.dumps({"examples": [weighted]}).encode(), MODEL, 10)
 
 
 def of(number: float, examples: int = 1) -> ScoringRequest:
@@ -171,6 +194,22 @@ def test_scores_are_the_models(url: str) -> None:
     status, answer = ask(url, "/predict", {"examples": [GOOD, other]})
     assert status == 200
     assert answer["scores"] == pytest.approx([expected_score(GOOD), expected_score(other)], abs=1e-5)
+
+
+def test_a_weighted_model_over_http(tmp_path: Path) -> None:
+    model = quantize_inference_model(float_model(weighted=True))
+    export_package(model, tmp_path / "w.pt2", num_dense=3, kernels="pytorch")
+    example = GOOD | {"weights": {"film": [0.5, 2.0]}}
+    with server_process(tmp_path / "w.pt2", "--threads", "1") as address:
+        assert ask(address)[1]["weighted"]
+        status, answer = ask(address, "/predict", {"examples": [example]})
+    lengths_FB, values = (
+        torch.tensor([[1], [0], [2]]),
+        [torch.tensor([4]), torch.tensor([]).long(), torch.tensor([29, 0])],
+    )
+    weights = [torch.ones(1), torch.ones(0), torch.tensor([0.5, 2.0])]
+    expected = scores_of(model, torch.tensor([GOOD["dense"]]), lengths_FB, values, weights)
+    assert status == 200 and answer["scores"] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_many_clients_get_their_own_scores(url: str) -> None:
