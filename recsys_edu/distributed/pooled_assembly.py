@@ -112,9 +112,12 @@ class Chunks:
         first_C, step_C = torch.tensor([first_C, step_C], device=device)
         return torch.addcmul(first_C, torch.arange(batch_size, device=device).unsqueeze(1), step_C).flatten()
 
-    def answers(self, batch_size: int, device: torch.device) -> Tensor:
-        """For every returned chunk, source after source and bag after bag, its row among the chunks of the answer."""
-        first_B1 = (torch.arange(batch_size, device=device) * len(self.source_C)).unsqueeze(1)
+    def answers(self, batch_size: int, step: int, device: torch.device) -> Tensor:
+        """For every returned chunk, source after source and bag after bag, its row among the chunks of the answer.
+
+        `step`: from the first chunk of a bag to that of the next.
+        """
+        first_B1 = (torch.arange(batch_size, device=device) * step).unsqueeze(1)
         return torch.cat(
             [(first_B1 + torch.tensor(places, dtype=torch.long, device=device)).flatten() for places in self.answers_S]
         )
@@ -162,8 +165,8 @@ class PooledAssembly:
         blocks = self._blocks(pieces, batch_size)
         runs = self.runs
         if self.chunks is not None:
-            places = self.chunks.received(batch_size, pieces.device)
-            _take_rows(pieces, places, self.chunks.width, answer_BD)
+            width, places = self.chunks.width, self.chunks.received(batch_size, pieces.device)
+            torch.index_select(pieces.view(-1, width), 0, places, out=answer_BD.view(-1, width))
             runs = [run for run in runs if run.row_block]
         for run in runs:
             target, piece = answer_BD[:, run.answer], blocks[run.source][:, run.received]
@@ -186,8 +189,10 @@ class PooledAssembly:
         if pieces is None:
             pieces = gradient_BD.new_empty(batch_size * sum(self.width_S))
         if self.chunks is not None:
-            _take_rows(gradient_BD, self.chunks.answers(batch_size, pieces.device), self.chunks.width, pieces)
-            return pieces.mul_(scale)
+            width = self.chunks.width
+            chunks, step = _chunks_of(gradient_BD, width)
+            places = self.chunks.answers(batch_size, step, pieces.device)
+            return torch.index_select(chunks, 0, places, out=pieces.view(-1, width)).view(-1).mul_(scale)
         blocks = self._blocks(pieces, batch_size)
         for run in self.runs:
             torch.mul(gradient_BD[:, run.answer], scale, out=blocks[run.source][:, run.received])
@@ -205,9 +210,18 @@ class PooledAssembly:
             answer_BD[:, columns] *= lengths_B.clamp(min=1).to(answer_BD.dtype).reciprocal().unsqueeze(1)
 
 
-def _take_rows(source: Tensor, rows_N: Tensor, width: int, out: Tensor) -> None:
-    """Of `source`, seen as rows of `width`, the named rows, into `out`."""
-    torch.index_select(source.reshape(-1, width), 0, rows_N, out=out.view(-1, width))
+def _chunks_of(gradient_BD: Tensor, width: int) -> tuple[Tensor, int]:
+    """The gradient as rows of `width`, and how many rows apart two bags are.
+
+    A gradient is often a slice of a wider one, as when a model puts the answer beside other columns; that is read in
+    place. (B - 1) x step rows lie before the last bag's.
+    """
+    batch_size, num_columns = gradient_BD.shape
+    if gradient_BD.stride(1) != 1 or gradient_BD.stride(0) % width or batch_size == 0:
+        gradient_BD = gradient_BD.contiguous()
+    step = gradient_BD.stride(0) // width
+    num_rows = max(batch_size - 1, 0) * step + (num_columns // width if batch_size else 0)
+    return gradient_BD.as_strided((num_rows, width), (width, 1)), step
 
 
 class StartPooled(torch.autograd.Function):

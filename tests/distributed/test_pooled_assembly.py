@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys_edu.distributed import sharding_plan as plans
-from recsys_edu.distributed.pooled_assembly import Chunks, ColumnRun
+from recsys_edu.distributed.pooled_assembly import Chunks, ColumnRun, _chunks_of
 from recsys_edu.distributed.simulation import forward_all, simulate
 from recsys_edu.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from recsys_edu.modules.embedding_modules import EmbeddingBagCollection
@@ -106,7 +106,19 @@ def test_positions_by_hand(order: list[int], batch_size: int, sources: list[int]
         bag, answer = divmod(at, 6)
         source, place = wanted[answer]
         assert returned[row] == (source, bag, place)
-    back = chunks.answers(batch_size, torch.device("cpu")).tolist()
-    assert len(back) == len(returned)
-    for (source, bag, place), row in zip(returned, back):
-        assert wanted[row - bag * 6] == (source, place)
+    for step in (6, 9):
+        back = chunks.answers(batch_size, step, torch.device("cpu")).tolist()
+        assert len(back) == len(returned)
+        for (source, bag, place), row in zip(returned, back):
+            assert wanted[row - bag * step] == (source, place)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_a_gradient_is_read_where_it_lies(size: int) -> None:
+    wide = torch.arange(size * 5 * 8.0).view(size, 40)
+    for gradient in (wide[:, 8:32], wide[:, 4:28], wide[:, :24].contiguous(), torch.ones(1, 1).expand(size, 24)):
+        chunks, step = _chunks_of(gradient, 8)
+        assert chunks.shape[1] == 8
+        for bag in range(size):
+            assert torch.equal(chunks[bag * step : bag * step + 3].flatten(), gradient[bag])
+    assert _chunks_of(wide[:, 8:32], 8)[0].data_ptr() == wide[:, 8:32].data_ptr()  # no copy
