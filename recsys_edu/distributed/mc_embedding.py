@@ -33,7 +33,7 @@ class ShardedManagedCollisionEmbeddingCollection(BaseShardedManagedCollisionEmbe
         ec_sharder: EmbeddingCollectionSharder,
         mc_sharder: ManagedCollisionCollectionSharder,
         env: ShardingEnv,
-        device: torch.device | None = None,
+        device: torch.device,
         module_fqn: str | None = None,
     ) -> None:
         super().__init__(module, table_name_to_parameter_sharding, ec_sharder, mc_sharder, env, device, module_fqn)
@@ -71,7 +71,7 @@ class ManagedCollisionEmbeddingCollectionSharder(BaseManagedCollisionEmbeddingCo
         module_fqn: str | None = None,
     ) -> ShardedManagedCollisionEmbeddingCollection:
         return ShardedManagedCollisionEmbeddingCollection(
-            module, params, self._e_sharder, self._mc_sharder, env, device, module_fqn
+            module, params, self._e_sharder, self._mc_sharder, env, device or torch.device("cpu"), module_fqn
         )
 
     @property

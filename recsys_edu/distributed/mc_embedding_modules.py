@@ -39,11 +39,11 @@ class BaseShardedManagedCollisionEmbeddingCollection(nn.Module):
         e_sharder: EmbeddingBagCollectionSharder | EmbeddingCollectionSharder,
         mc_sharder: ManagedCollisionCollectionSharder,
         env: ShardingEnv,
-        device: torch.device | None = None,
+        device: torch.device,
         module_fqn: str | None = None,
     ) -> None:
         super().__init__()
-        plan, device = table_name_to_parameter_sharding, device or torch.device("cpu")
+        plan = table_name_to_parameter_sharding
         self._managed_collision_collection = mc_sharder.shard(
             module._managed_collision_collection, plan, env, None, device
         )

@@ -33,7 +33,7 @@ class ShardedManagedCollisionEmbeddingBagCollection(BaseShardedManagedCollisionE
         ebc_sharder: EmbeddingBagCollectionSharder,
         mc_sharder: ManagedCollisionCollectionSharder,
         env: ShardingEnv,
-        device: torch.device | None = None,
+        device: torch.device,
         module_fqn: str | None = None,
     ) -> None:
         super().__init__(module, table_name_to_parameter_sharding, ebc_sharder, mc_sharder, env, device, module_fqn)
@@ -71,7 +71,7 @@ class ManagedCollisionEmbeddingBagCollectionSharder(BaseManagedCollisionEmbeddin
         module_fqn: str | None = None,
     ) -> ShardedManagedCollisionEmbeddingBagCollection:
         return ShardedManagedCollisionEmbeddingBagCollection(
-            module, params, self._e_sharder, self._mc_sharder, env, device, module_fqn
+            module, params, self._e_sharder, self._mc_sharder, env, device or torch.device("cpu"), module_fqn
         )
 
     @property

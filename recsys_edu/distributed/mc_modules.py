@@ -174,7 +174,7 @@ class ShardedManagedCollisionCollection(nn.Module):
     Args:
         module: its ids are taken over where the kind of module can be divided (by hashing), or when it has none yet.
         table_name_to_parameter_sharding: the plan of the tables; every row has to be whole on one rank.
-        embedding_shardings, qcomm_codecs_registry, use_index_dedup: accepted and not needed.
+        embedding_shardings, qcomm_codecs_registry, use_index_dedup: for TorchRec's callers; not needed (None, []).
         exchange: this rank's end of the exchange; default: through the env's process group.
 
     Raises:
@@ -189,8 +189,8 @@ class ShardedManagedCollisionCollection(nn.Module):
         module: ManagedCollisionCollection,
         table_name_to_parameter_sharding: Mapping[str, ParameterSharding],
         env: ShardingEnv,
-        device: torch.device | None = None,
-        embedding_shardings: Any = None,
+        device: torch.device,
+        embedding_shardings: Any,
         qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
         use_index_dedup: bool = False,
         exchange: Exchange | None = None,
@@ -204,7 +204,7 @@ class ShardedManagedCollisionCollection(nn.Module):
             for config in self._embedding_configs
         }
         check_same_on_every_rank(self._exchange, shards, "tables or plan of managed collision")
-        self._device = device or torch.device("cpu")
+        self._device = device
         self._managed_collision_modules = nn.ModuleDict(
             {
                 name: ManagedRows(module._managed_collision_modules[name], cut, self._exchange.rank, self._device)
@@ -362,12 +362,18 @@ class ManagedCollisionCollectionSharder(BaseEmbeddingSharder[ManagedCollisionCol
         module: ManagedCollisionCollection,
         params: Mapping[str, ParameterSharding],
         env: ShardingEnv,
-        embedding_shardings: Any = None,
+        embedding_shardings: Any,
         device: torch.device | None = None,
         use_index_dedup: bool = False,
     ) -> ShardedManagedCollisionCollection:
         return ShardedManagedCollisionCollection(
-            module, params, env, device, embedding_shardings, self.qcomm_codecs_registry, use_index_dedup
+            module,
+            params,
+            env,
+            device or torch.device("cpu"),
+            embedding_shardings,
+            self.qcomm_codecs_registry,
+            use_index_dedup,
         )
 
     def shardable_parameters(self, module: ManagedCollisionCollection) -> dict[str, nn.Parameter]:

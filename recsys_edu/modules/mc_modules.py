@@ -188,7 +188,7 @@ class ManagedCollisionModule(nn.Module, abc.ABC):
     def rebuild_with_output_id_range(
         self,
         output_id_range: tuple[int, int],
-        output_segments: list[int] | None = None,
+        output_segments: list[int],
         device: torch.device | None = None,
     ) -> ManagedCollisionModule:
         """A module like this one for the rows from `output_id_range[0]` to before `output_id_range[1]` only.
@@ -382,7 +382,7 @@ class MCHManagedCollisionModule(ManagedCollisionModule):
     def rebuild_with_output_id_range(
         self,
         output_id_range: tuple[int, int],
-        output_segments: list[int] | None = None,
+        output_segments: list[int],
         device: torch.device | None = None,
     ) -> MCHManagedCollisionModule:
         first, stop = output_id_range
@@ -401,7 +401,7 @@ class MCHManagedCollisionModule(ManagedCollisionModule):
             input_hash_func=self._input_hash_func,
             name=self._name,
             output_global_offset=first,
-            output_segments=output_segments or self._output_segments,
+            output_segments=output_segments,
             buckets=self._buckets,
         ).train(self.training)
         if is_whole:

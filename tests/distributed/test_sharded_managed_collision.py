@@ -87,7 +87,7 @@ def simulated(module: ManagedCollisionCollection, plan, world_size: int) -> list
     world = SimulatedWorld(world_size)
     return [
         ShardedManagedCollisionCollection(
-            module, plan, ShardingEnv.from_local(world_size, rank), exchange=world.exchange(rank)
+            module, plan, ShardingEnv.from_local(world_size, rank), CPU, None, exchange=world.exchange(rank)
         )
         for rank in range(world_size)
     ]
@@ -367,7 +367,7 @@ def bad_id_on_rank_1(rank: int, world_size: int, group):
     configs = tables()
     plan = plan_of(EmbeddingBagCollection(configs), "row_wise", world_size, world_size)
     env = ShardingEnv.from_process_group(group)
-    collection = ShardedManagedCollisionCollection(ManagedCollisionCollection(modules, configs), plan, env)
+    collection = ShardedManagedCollisionCollection(ManagedCollisionCollection(modules, configs), plan, env, CPU, None)
     batch = batches_of_step(world_size, 0)[rank]
     if rank == 1:
         batch.values()[-1] = LARGEST

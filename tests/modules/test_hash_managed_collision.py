@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from recsys_edu.kernels.backend import fbgemm_status
 from recsys_edu.modules import hash_mc_evictions
-from recsys_edu.modules.embedding_configs import EmbeddingBagConfig
+from recsys_edu.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from recsys_edu.modules.embedding_modules import EmbeddingBagCollection
 from recsys_edu.modules.hash_mc_evictions import HashZchEvictionConfig, HashZchEvictionModule, HashZchEvictionPolicyName
 from recsys_edu.modules.hash_mc_modules import HashZchManagedCollisionModule
+from recsys_edu.modules.mc_adapter import McEmbeddingBagCollectionAdapter, McEmbeddingCollectionAdapter
 from recsys_edu.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
 from recsys_edu.modules.mc_modules import ManagedCollisionCollection
 from recsys_edu.modules.zero_collision_hash import murmur_hash3, unsigned_remainder
@@ -235,3 +236,20 @@ def test_bad_arguments_and_ids_change_nothing():
     part = module.rebuild_with_output_id_range((4, 8))
     with pytest.raises(ValueError, match="id 3 has no place in buckets 1 to 1"):
         part({"f": jagged([3])})
+
+
+@pytest.mark.parametrize("method", ["mpzch", "sort_zch"])
+def test_adapters_answer_like_plain_collections(method):
+    adapters = [(McEmbeddingBagCollectionAdapter, EmbeddingBagConfig), (McEmbeddingCollectionAdapter, EmbeddingConfig)]
+    for adapter, config in adapters:
+        tables = [config(name="t", num_embeddings=160, embedding_dim=4, feature_names=["a", "b"])]
+        module = adapter(tables, 2**62, CPU, world_size=1, zch_method=method)
+        kjt = KeyedJaggedTensor.from_lengths_sync(["a", "b"], torch.arange(5) * 10**18, torch.tensor([2, 0, 2, 1]))
+        answer = module(kjt)
+        weight = next(module.parameters())
+        rows = answer["a"] if config is EmbeddingBagConfig else answer["a"].values()
+        assert rows.shape == (2, 4) and weight.shape == (160, 4) and module.embedding_bag_configs() == tables
+        rows.sum().backward()
+        assert weight.grad.count_nonzero() == 8
+    with pytest.raises(ValueError, match="zch_method has to be"):
+        McEmbeddingCollectionAdapter(tables, 2**62, CPU, world_size=1, zch_method="other")

@@ -52,6 +52,58 @@ PUBLIC_NAMES = {
     "modules.embedding_tower": """
         EmbeddingTower EmbeddingTowerCollection tower_input_params
     """,
+    "modules.mc_modules": """
+        ManagedCollisionModule ManagedCollisionCollection MCHManagedCollisionModule MCHEvictionPolicy
+        MCHEvictionPolicyMetadataInfo LFU_EvictionPolicy LRU_EvictionPolicy DistanceLFU_EvictionPolicy
+        average_threshold_filter dynamic_threshold_filter probabilistic_threshold_filter apply_mc_method_to_jt_dict
+    """,
+    "modules.hash_mc_modules": """
+        HashZchManagedCollisionModule
+    """,
+    "modules.hash_mc_evictions": """
+        HashZchEvictionPolicyName HashZchEvictionConfig HashZchEvictionScorer HashZchSingleTtlScorer
+        HashZchPerFeatureTtlScorer HashZchEvictionModule get_eviction_scorer get_kernel_from_policy
+    """,
+    "modules.mc_embedding_modules": """
+        BaseManagedCollisionEmbeddingCollection ManagedCollisionEmbeddingCollection
+        ManagedCollisionEmbeddingBagCollection evict
+    """,
+    "modules.mc_adapter": """
+        McEmbeddingCollectionAdapter McEmbeddingBagCollectionAdapter
+    """,
+    "modules.object_pool": """
+        ObjectPool
+    """,
+    "modules.tensor_pool": """
+        TensorPool
+    """,
+    "modules.keyed_jagged_tensor_pool": """
+        KeyedJaggedTensorPool
+    """,
+    "distributed.mc_modules": """
+        ManagedCollisionCollectionSharder ShardedManagedCollisionCollection
+    """,
+    "distributed.mc_embedding_modules": """
+        BaseManagedCollisionEmbeddingCollectionSharder BaseShardedManagedCollisionEmbeddingCollection
+    """,
+    "distributed.mc_embeddingbag": """
+        ManagedCollisionEmbeddingBagCollectionSharder ShardedManagedCollisionEmbeddingBagCollection
+    """,
+    "distributed.mc_embedding": """
+        ManagedCollisionEmbeddingCollectionSharder ShardedManagedCollisionEmbeddingCollection
+    """,
+    "distributed.tensor_pool": """
+        ShardedTensorPool TensorPoolSharder
+    """,
+    "distributed.keyed_jagged_tensor_pool": """
+        ShardedKeyedJaggedTensorPool KeyedJaggedTensorPoolSharder
+    """,
+    "distributed.types": """
+        ObjectPoolShardingPlan ObjectPoolShardingType
+    """,
+    "inference.state_dict_transform": """
+        state_dict_gather state_dict_all_gather_keys state_dict_to_device
+    """,
     "modules.utils": """
         extract_module_or_tensor_callable get_module_output_dimension check_module_output_dimension
         construct_modulelist_from_single_module convert_list_of_modules_to_modulelist
