@@ -151,7 +151,7 @@ class QuantEmbeddingBagCollectionSharder(BaseQuantEmbeddingSharder[EmbeddingBagC
         return ShardedQuantEmbeddingBagCollection(module, params, env, self.fused_params, device)
 
     def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, Tensor]:
-        """Table name to a tensor of the table's size, without data: plans count rows and columns, not bytes."""
+        """Table name to a tensor of the table's size, without data, for plans."""
         return stored_sizes(module, self._shardable_params)
 
     @property

@@ -196,15 +196,15 @@ def named_tables(
 
 
 def stored_sizes(module: nn.Module, wanted: Sequence[str] | None) -> dict[str, Tensor]:
-    """Table to a tensor of its rows and columns on meta, a byte per number: plans count rows and columns.
+    """Table to a tensor of its rows and columns on meta, for plans; `_data_type` says how its numbers are stored.
 
     Raises:
         ValueError: a wanted table that the module does not have.
     """
-    sizes = {
-        table.name: torch.empty(table.num_rows, table.dim, dtype=torch.uint8, device="meta")
-        for table in module.kernel.spec.tables
-    }
+    sizes, spec = {}, module.kernel.spec
+    for table, data_type in zip(spec.tables, spec.data_types):
+        sizes[table.name] = torch.empty(table.num_rows, table.dim, dtype=torch.uint8, device="meta")
+        sizes[table.name]._data_type = data_type  # the planner's workload.weight_bytes reads it
     unknown = sorted(set(wanted or []) - set(sizes))
     if unknown:
         raise ValueError(f"shardable_params {unknown}: the module's tables are {sorted(sizes)}")

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from recsys_edu.kernels import lookup, reference
 from recsys_edu.kernels.backend import fbgemm_status
 from recsys_edu.kernels.checks import check_ids
-from recsys_edu.kernels.quantized_rows import RowFormat, dequantize_rows, realign
+from recsys_edu.kernels.quantized_rows import RowFormat, dequantize_rows, realign, row_alignment
 from recsys_edu.kernels.spec import TableSpec
 from recsys_edu.types import DataType
 
 OUTPUT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
-CUDA_ALIGNMENT = 16  # FBGEMM's CUDA kernels load 16 bytes at a time
 TABLE_ALIGNMENT = 128
 DIM_MULTIPLE = 4
 HUGE_PAGE = 2**21
@@ -150,7 +149,7 @@ class QuantizedKernel(nn.Module):
     def _place(self, device: torch.device) -> None:
         """Where each table begins, and FBGEMM's constants; they depend on the device's alignment."""
         spec = self.spec
-        alignment = CUDA_ALIGNMENT if device.type == "cuda" else 1
+        alignment = row_alignment(device.type)
         self.formats = [RowFormat(kind, table.dim, alignment) for kind, table in zip(spec.data_types, spec.tables)]
         sizes = [table.num_rows * form.num_bytes for table, form in zip(spec.tables, self.formats)]
         padded = [-(-size // TABLE_ALIGNMENT) * TABLE_ALIGNMENT for size in sizes]

@@ -24,6 +24,7 @@ from recsys_edu.types import DataType
 CODE_BITS = {DataType.INT8: 8, DataType.INT4: 4, DataType.INT2: 2}
 FLOAT_ROWS = {DataType.FP32: torch.float32, DataType.FP16: torch.float16, DataType.NFP8: torch.float8_e4m3fn}
 SCALE_BIAS_BYTES = 4
+CUDA_ALIGNMENT = 16  # FBGEMM's CUDA kernels load 16 bytes at a time
 
 QUANTIZED_TYPES = (*CODE_BITS, DataType.FP16, DataType.NFP8, DataType.FP32)
 """What a quantised table can be stored as; FP32 is there to compare with."""
@@ -86,6 +87,11 @@ class RowFormat:
     def num_bytes(self) -> int:
         """Bytes from the start of one row to the start of the next."""
         return -(-self.packed_bytes // self.alignment) * self.alignment
+
+
+def row_alignment(device_type: str) -> int:
+    """What rows in a device's memory are padded to a multiple of: "cuda" 16, "cpu" 1 (none)."""
+    return CUDA_ALIGNMENT if device_type == "cuda" else 1
 
 
 def quantize_rows(weight_RD: Tensor, data_type: DataType, table: str = "", alignment: int = 1) -> Tensor:

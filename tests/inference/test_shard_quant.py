@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from recsys_edu.distributed import sharding_plan as plans
-from recsys_edu.distributed.planner import ParameterConstraints
+from recsys_edu.distributed.planner import ParameterConstraints, Topology
+from recsys_edu.distributed.planner.enumerators import EmbeddingEnumerator
+from recsys_edu.distributed.planner.workload import weight_bytes
 from recsys_edu.distributed.types import ModuleShardingPlan, ShardingPlan
 from recsys_edu.inference.modules import (
     assign_weights_to_tbe,
@@ -25,6 +27,7 @@ from recsys_edu.inference.modules import (
 )
 from recsys_edu.kernels.quantized_remap import keep_largest_rows
 from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor
+from recsys_edu.types import DataType
 
 PER_TABLE = {"t1": torch.quint4x2, "t2": torch.float16}
 
@@ -191,6 +194,32 @@ def test_the_planner_plans_quantised_tables() -> None:
     assert all(sharding.compute_kernel == "quant" for sharding in plan.plan["collection"].values())
     batch = cases.make_batch(cases.features_of(tables), 4, False, torch.Generator().manual_seed(0))
     assert_same(several(batch), model(batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.quint4x2, torch.quint2x4, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "column_wise"])
+def test_the_planner_counts_the_bytes_that_shards_have(dtype: torch.dtype, kind: str) -> None:
+    tables = cases.bag_tables()
+    model = quantize_embeddings(Model(cases.collection(tables)), dtype, inplace=True)
+    constraints = {
+        table.name: ParameterConstraints(sharding_types=[kind], min_partition=8, pooling_factors=[0.0])
+        for table in tables
+    }  # without ids there are no buffers: what is left are the weights
+    topology = Topology(2, "cpu", local_world_size=2)
+    options = EmbeddingEnumerator(topology, 1, constraints).enumerate(model, default_quant_sharders())
+    several, _ = shard_quant_model(model, 2, "cpu", constraints=constraints)
+    planned = sum(shard.storage.ddr for option in options for shard in option.shards)
+    assert len(options) == len(tables)
+    assert planned == sum(several.collection.shards.memory_bytes_W())
+
+
+def test_the_planner_counts_padding_on_cuda() -> None:
+    table = torch.empty(10, 64, dtype=torch.uint8, device="meta")
+    for data_type, row_bytes in ((DataType.INT8, 80), (DataType.INT4, 48), (DataType.FP16, 128)):
+        table._data_type = data_type
+        per_weight, per_row = weight_bytes(table, "cuda")
+        assert 64 * per_weight + per_row == row_bytes
+    assert weight_bytes(torch.empty(10, 64), "cuda") == (4, 0)
 
 
 @pytest.mark.parametrize("output_dtype", [torch.float16, torch.bfloat16])

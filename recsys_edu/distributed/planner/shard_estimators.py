@@ -35,7 +35,7 @@ from recsys_edu.distributed.planner.types import (
     Storage,
     Topology,
 )
-from recsys_edu.distributed.planner.workload import OUTPUT_BYTES, optimizer_state_bytes
+from recsys_edu.distributed.planner.workload import OUTPUT_BYTES, optimizer_state_bytes, weight_bytes
 from recsys_edu.distributed.types import KeyValueParams, PipelineType
 
 
@@ -154,7 +154,7 @@ def _option_numbers(
             PlannerErrorType.INVALID_COMPUTE_KERNEL,
         )
     module = option.module[1]
-    element_bytes = option.tensor.element_size()
+    element_bytes, row_bytes = weight_bytes(option.tensor, topology.compute_device)
     state = optimizer_state_bytes(option.tensor, fused_params)
     stats = None if cache is None else cache.stats
     is_split = kind.pattern >= Pattern.ROWS_EVERYWHERE
@@ -171,7 +171,7 @@ def _option_numbers(
         "element_bytes": element_bytes,
         "output_bytes": element_bytes if option.output_dtype is None else OUTPUT_BYTES.get(option.output_dtype, 4),
         "state_per_cell": state[0],
-        "state_per_row": state[1],
+        "state_per_row": state[1] + row_bytes,
         "cache_ratio": ratio,
         "misses": 0.0 if stats is None else stats.expected_miss_rate(ratio) * stats.expected_lookups,
     }
@@ -233,6 +233,7 @@ def calculate_shard_storages(
     bags = sum(b * min(length, 1) * p for b, length, p in zip(batch_sizes, input_lengths, num_poolings))
     split = {Pattern.ROWS_EVERYWHERE: world_size, Pattern.ROWS_ON_HOST: local_world_size}
     state = optimizer_state_bytes(tensor, sharder_data.fused_params)
+    element_bytes, row_bytes = weight_bytes(tensor, compute_device)
     size_N2 = np.array(shard_sizes, dtype=np.float64)
 
     def one(value: float) -> Array:
@@ -252,10 +253,10 @@ def calculate_shard_storages(
         bags=one(bags),
         pooled=np.array(is_pooled),
         weighted=np.array(False),
-        element_bytes=one(tensor.element_size()),
+        element_bytes=one(element_bytes),
         output_bytes=one(output_data_type_size),
         state_per_cell=one(state[0]),
-        state_per_row=one(state[1]),
+        state_per_row=one(state[1] + row_bytes),
         cache_ratio=one(caching_ratio),
         misses=one(0),
     )

@@ -22,6 +22,7 @@ from recsys_edu.distributed.planner.cost import Array, Lookups
 from recsys_edu.distributed.planner.topology import Topology
 from recsys_edu.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
 from recsys_edu.distributed.types import ModuleSharder, ShardingType
+from recsys_edu.kernels.quantized_rows import RowFormat, row_alignment
 from recsys_edu.types import DataType
 
 TYPES = tuple(t.value for t in ShardingType)
@@ -146,7 +147,7 @@ def read_workload(
             own = tuple(features.get(name, ("feature",)))
             tables.append(Table(name, path, child, parameter, own, kernels, constraint, sharder, ranks))
     _check_together(tables)
-    return _arrays(tables, batch_size)
+    return _arrays(tables, batch_size, topology.compute_device)
 
 
 def _find(
@@ -284,14 +285,14 @@ def _allowed_ranks(name: str, constraint: ParameterConstraints, topology: Topolo
     return None if len(ranks) == world else tuple(sorted(ranks))
 
 
-def _arrays(tables: Sequence[Table], batch_size: int) -> Workload:
+def _arrays(tables: Sequence[Table], batch_size: int, device: str) -> Workload:
     columns: dict[str, list[float]] = {}
     if not tables:
         none = np.empty(0)
         empty = dict.fromkeys(Lookups.__dataclass_fields__, none) | dict.fromkeys(("pooled", "weighted"), none > 0)
         return Workload((), none, none, none, none, Lookups(**empty))
     for table in tables:
-        for key, value in _numbers(table, batch_size).items():
+        for key, value in _numbers(table, batch_size, device).items():
             columns.setdefault(key, []).append(value)
     arrays = {key: np.array(values, dtype=np.float64) for key, values in columns.items()}
     flags = {key: arrays.pop(key).astype(bool) for key in ("pooled", "weighted")}
@@ -299,7 +300,7 @@ def _arrays(tables: Sequence[Table], batch_size: int) -> Workload:
     return Workload(tuple(tables), lookups=Lookups(**arrays, **flags), **own)
 
 
-def _numbers(table: Table, batch_size: int) -> dict[str, float]:
+def _numbers(table: Table, batch_size: int, device: str) -> dict[str, float]:
     constraint, lengths, poolings = table.constraint, table.pooling_factors, table.num_poolings
     batches = _per_feature(table, "batch_sizes", constraint.batch_sizes, batch_size)
     num_rows, num_columns = table.parameter.shape
@@ -308,7 +309,7 @@ def _numbers(table: Table, batch_size: int) -> dict[str, float]:
             f"table {table.name!r} has {num_rows} rows and {num_columns} columns: both must be at least 1",
             PlannerErrorType.INPUT_VALIDATION,
         )
-    element_bytes = table.parameter.element_size()
+    element_bytes, row_bytes = weight_bytes(table.parameter, device)
     output = constraint.output_dtype
     state = optimizer_state_bytes(table.parameter, getattr(table.sharder, "fused_params", None))
     cache = constraint.cache_params
@@ -337,7 +338,7 @@ def _numbers(table: Table, batch_size: int) -> dict[str, float]:
         "element_bytes": element_bytes,
         "output_bytes": element_bytes if output is None else OUTPUT_BYTES.get(output, 4),
         "state_per_cell": state[0],
-        "state_per_row": state[1],
+        "state_per_row": state[1] + row_bytes,
         "cache_ratio": ratio,
         "misses": 0.0 if stats is None else stats.expected_miss_rate(ratio) * stats.expected_lookups,
     }
@@ -361,6 +362,18 @@ def _per_feature(table: Table, field: str, given: Sequence[float] | None, defaul
                 PlannerErrorType.INPUT_VALIDATION,
             )
     return values
+
+
+def weight_bytes(parameter: Tensor, device: str) -> tuple[float, float]:
+    """(per weight, per row) bytes of a table's numbers; rows of codes have a scale, a bias and perhaps padding besides.
+
+    Sharders of quantised tables leave the type on the tensors that they give, as `_data_type`.
+    """
+    data_type = getattr(parameter, "_data_type", None)
+    if data_type is None:
+        return parameter.element_size(), 0
+    form = RowFormat(data_type, parameter.shape[1], row_alignment(device))
+    return form.bits / 8, form.num_bytes - form.dim * form.bits / 8
 
 
 def optimizer_state_bytes(parameter: Tensor, fused_params: Mapping[str, Any] | None) -> tuple[float, float]:
