@@ -133,11 +133,12 @@ def run_rank(rank: int, store: str, tiny: bool, rounds: int, threads: int, clock
     findings = []
     for sharding in SHARDINGS:
         examples = make_examples(sizes, rank)
-        steps, collectives, refusals = {DENSE: dense_alone(sizes, layers, examples, parallel=True)}, {}, {}
-        for _ in range(3):
-            steps[DENSE]()
-        collectives[DENSE] = count_collectives(steps[DENSE])
+        steps, collectives, refusals = {}, {}, {}
         for name, library in libraries.items():
+            steps[name + DENSE] = dense_alone(library, sizes, layers, examples, parallel=True)
+            for _ in range(3):
+                steps[name + DENSE]()
+            collectives[name + DENSE] = count_collectives(steps[name + DENSE])
             try:
                 step = make_step(library, sharding, sizes, layers, rank)
                 for _ in range(3):  # DDP settles its buckets

@@ -4,8 +4,8 @@
 
 26 tables x 100k x 64, 13 dense features, bottom MLP 512-256-64, top MLP 512-512-256-1, batch 2048: forward, backward,
 SGD on the tables inside backward (nn.EmbeddingBag: sparse gradients and a step), torch's SGD on the rest. The models
-wrapped in DistributedModelParallel, ours and TorchRec's, run on a gloo group of one rank, tables table-wise. What all
-have in common, the dense layers, is timed alone as well: "of it tables" is a step less that.
+wrapped in DistributedModelParallel, ours and TorchRec's, run on a gloo group of one rank, tables table-wise. Every
+contestant's dense layers are timed alone as well, with fixed embeddings: "of it tables" is a step less its own.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor
 NUM_DENSE = 13
 NUM_BATCHES = 4
 LIMIT_S = 25.0  # for each number of ids per bag
-DENSE = "the dense layers alone"
 OURS_PARALLEL, THEIRS_PARALLEL = f"{OURS} DistributedModelParallel", f"{THEIRS} DistributedModelParallel"
+DENSE = ", dense layers alone"
+BY_HAND = "by hand"
+DENSE_OF = {OURS: OURS, OURS_PARALLEL: OURS, THEIRS: THEIRS, THEIRS_PARALLEL: THEIRS, RAW: BY_HAND, BAGS: BY_HAND}
 Step = Callable[[], object]
 
 
@@ -130,9 +132,9 @@ def their_library() -> SimpleNamespace | None:
     )
 
 
-def dlrm(library: SimpleNamespace, sizes: Sizes, layers: Layers) -> nn.Module:
-    """DLRMTrain of either library."""
-    collection = library.EmbeddingBagCollection(tables=our_tables(sizes, library.EmbeddingBagConfig))
+def dlrm(library: SimpleNamespace, sizes: Sizes, layers: Layers, device: torch.device | None = None) -> nn.Module:
+    """DLRMTrain of either library, its tables on `device`."""
+    collection = library.EmbeddingBagCollection(our_tables(sizes, library.EmbeddingBagConfig), device=device)
     return library.DLRMTrain(library.DLRM(collection, NUM_DENSE, list(layers.bottom), list(layers.top)))
 
 
@@ -205,17 +207,46 @@ def _perceptrons(widths: list[int]) -> nn.Sequential:
     )
 
 
-def dense_alone(sizes: Sizes, layers: Layers, examples: Sequence[Examples], parallel: bool = False) -> Step:
-    """The step without any table: fixed embeddings, whose gradient is computed. What all contestants have in common."""
-    pooled_BD = torch.rand(sizes.batch_size, sizes.num_tables * sizes.dim, requires_grad=True)
-    model: nn.Module = HandWrittenDlrm(lambda bags: pooled_BD, sizes, layers)
+class FixedEmbeddings(nn.Module):
+    """In the place of a SparseArch: the same embeddings for every batch, whose gradient is computed and dropped."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.shape = (sizes.batch_size, sizes.num_tables, sizes.dim)
+        self.pooled_BD = torch.rand(sizes.batch_size, sizes.num_tables * sizes.dim, requires_grad=True)
+
+    def embedding_bag_collection(self, features: object) -> Tensor:
+        return self.pooled_BD
+
+    def stack(self, pooled_BD: Tensor) -> Tensor:
+        return pooled_BD.view(self.shape)
+
+    def forward(self, features: object) -> Tensor:
+        return self.stack(self.pooled_BD)
+
+
+def dense_alone(
+    library: SimpleNamespace | None, sizes: Sizes, layers: Layers, examples: Sequence[Examples], parallel: bool = False
+) -> Step:
+    """The step without any table: of a library's DLRM, or of the one by hand."""
+    fixed = FixedEmbeddings(sizes)
+    if library is None:
+        model: nn.Module = HandWrittenDlrm(lambda bags: fixed.pooled_BD, sizes, layers)
+        batches: Sequence[Any] = examples
+    else:
+        model = dlrm(library, sizes, layers, device=torch.device("meta"))  # the tables are not needed
+        model.model.sparse_arch = fixed
+        batches = [library_batch(library, sizes, each) for each in examples]
     trained = list(model.parameters())
-    return training_step(DistributedDataParallel(model) if parallel else model, trained, examples)
+    if parallel:  # as DistributedModelParallel has it, ours and TorchRec's
+        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True)
+    return training_step(model, trained, batches)
 
 
 def table_milliseconds(samples: Samples) -> dict[str, float]:
-    """What lookup, exchange and update of the tables add to a step: its median less that of the dense layers alone."""
-    return {name: each - medians(samples)[DENSE] for name, each in medians(samples).items()}
+    """What lookup, exchange and update of the tables add to a step: its median less that of its own dense layers."""
+    found = medians(samples)
+    return {name: each - found.get(DENSE_OF.get(name, name) + DENSE, each) for name, each in found.items()}
 
 
 def contestants(sizes: Sizes, layers: Layers, examples: Sequence[Examples]) -> dict[str, Step]:
@@ -228,7 +259,8 @@ def contestants(sizes: Sizes, layers: Layers, examples: Sequence[Examples]) -> d
         dlrm(ours, sizes, layers), torch.optim.SGD, {"lr": LEARNING_RATE}, torch.device("cpu")
     )
     steps = {
-        DENSE: dense_alone(sizes, layers, examples),
+        OURS + DENSE: dense_alone(ours, sizes, layers, examples),
+        BY_HAND + DENSE: dense_alone(None, sizes, layers, examples),
         OURS: parallel_step(fused, our_batches, fused=True),
         OURS_PARALLEL: parallel_step(
             parallel_dlrm(ours, sizes, layers, _all_on_rank_0, fused=True), our_batches, fused=True
@@ -243,6 +275,7 @@ def contestants(sizes: Sizes, layers: Layers, examples: Sequence[Examples]) -> d
     steps[BAGS] = training_step(plain, [*plain.parameters(), *bags.parameters()], examples)
     if theirs is not None:
         their_batches = [library_batch(theirs, sizes, each) for each in examples]
+        steps[THEIRS + DENSE] = dense_alone(theirs, sizes, layers, examples)
         steps[THEIRS_PARALLEL] = parallel_step(
             parallel_dlrm(theirs, sizes, layers, _all_on_rank_0, fused=True), their_batches, fused=True
         )
