@@ -116,22 +116,40 @@ def speed_and_recall(rows: Sequence[Mapping[str, Any]], k: int) -> Figure:
 
 
 def recommendation_html(
-    recommender: TwoStageRecommender, who: str, found: Sequence[Recommendation], k: int = 10
+    recommender: TwoStageRecommender,
+    who: str,
+    found: Sequence[Recommendation],
+    k: int = 10,
+    before: Sequence[Recommendation] | None = None,
 ) -> str:
-    """Two lists side by side: the candidates as the towers order them, and the final order with reasons."""
+    """Two lists side by side: the candidates as the towers order them, and the final order with reasons.
+
+    Films that were not in the first k of the list `before` are marked as new.
+    """
     by_retrieval = sorted(found, key=lambda each: each.retrieval_rank)[:k]
     left = "".join(f"<li>{html.escape(recommender.title(each.item))}</li>" for each in by_retrieval)
+    old = None if before is None else {each.item for each in before[:k]}
     rows = "".join(
-        f"<tr><td>{place}</td><td>{html.escape(recommender.title(each.item))}</td><td>{each.stars:.2f}</td>"
-        f"<td>{each.retrieval_rank}</td><td>{_reason(recommender, each)}</td></tr>"
+        f"<tr><td>{place}</td>{_cell(_title(recommender, each, old))}<td>{each.stars:.2f}</td>"
+        f"<td>{each.retrieval_rank}</td>{_cell(_reason(recommender, each))}</tr>"
         for place, each in enumerate(found[:k], 1)
     )
     return (
-        f"<p><b>{html.escape(who)}</b></p><div style='display:flex;gap:2em;flex-wrap:wrap;align-items:flex-start'>"
-        f"<div><b>Retrieved</b> (towers' order)<ol>{left}</ol></div><div><b>Ranked</b>"
-        "<table><tr><th></th><th>film</th><th>predicted stars</th><th>candidate</th><th>because you liked</th></tr>"
-        f"{rows}</table></div></div>"
+        f"<p><b>{html.escape(who)}</b></p>"
+        "<div style='display:flex;gap:1.5em;flex-wrap:wrap;align-items:flex-start;font-size:0.92em'>"
+        f"<div><b>Retrieved</b> (towers' order)<ol style='padding-left:2em;margin-top:0.4em'>{left}</ol></div>"
+        f"<div><b>Ranked</b><table style='margin-top:0.4em'><tr><th></th>{_cell('film', 'th')}<th>predicted stars</th>"
+        f"<th>candidate</th>{_cell('because you liked', 'th')}</tr>{rows}</table></div></div>"
     )
+
+
+def _cell(text: str, tag: str = "td") -> str:
+    return f"<{tag} style='text-align:left'>{text}</{tag}>"
+
+
+def _title(recommender: TwoStageRecommender, each: Recommendation, old: set[int] | None) -> str:
+    mark = " <b>(new)</b>" if old is not None and each.item not in old else ""
+    return html.escape(recommender.title(each.item)) + mark
 
 
 def recommender_widget(
@@ -139,44 +157,54 @@ def recommender_widget(
 ) -> None:
     """Show the answer for `user` (a number) or for a stranger's `ratings`; where a kernel runs, with controls above.
 
-    The table is an ordinary output of the cell, so it stays in an exported page; the controls replace it.
+    The table is an ordinary output of the cell, so it stays in an exported page; the controls replace it. After every
+    rating the films that are new in the list are marked.
     """
     from IPython.display import HTML, display
 
-    mine = dict(ratings or {})
+    mine, last = dict(ratings or {}), []
 
-    def answer() -> Any:
+    def answer(chosen: int) -> Any:
+        who = f"User number {chosen}"
         if mine:
-            rated = ", ".join(f"{recommender.title(item)}: {stars:g}" for item, stars in mine.items())
-            return HTML(recommendation_html(recommender, f"You rated {rated}", recommender.for_ratings(mine, 100)))
-        chosen = user if picker is None else picker.value
-        return HTML(recommendation_html(recommender, f"User number {chosen}", recommender.for_user(chosen, 100)))
+            who = "You rated " + ", ".join(f"{recommender.title(item)}: {stars:g}" for item, stars in mine.items())
+        found = recommender.for_ratings(mine, 100) if mine else recommender.for_user(chosen, 100)
+        before, last[:] = (list(last) or None) if mine else None, found
+        return HTML(recommendation_html(recommender, who, found, before=before))
 
-    picker = None
     try:
         import ipywidgets as widgets
     except ImportError:
-        display(answer())
+        display(answer(user))
         return
-    picker = widgets.BoundedIntText(user, 0, recommender.train.num_users - 1, description="user number")
-    text = widgets.Text(placeholder="part of a title", description="find film", continuous_update=False)
-    films = widgets.Dropdown(options=recommender.find("", 10), description="film")
-    stars = widgets.FloatSlider(5.0, min=1.0, max=5.0, step=1.0, description="stars")
+    names = {"style": {"description_width": "initial"}}
+    picker = widgets.BoundedIntText(
+        user, 0, recommender.train.num_users - 1, description="user number", layout={"width": "170px"}, **names
+    )
+    text = widgets.Text(
+        placeholder="part of a title",
+        description="find a film",
+        continuous_update=False,
+        layout={"width": "280px"},
+        **names,
+    )
+    films = widgets.Dropdown(options=recommender.find("", 10), layout={"width": "300px"})
+    stars = widgets.IntSlider(5, min=1, max=5, description="stars", layout={"width": "220px"}, **names)
     rate, forget = widgets.Button(description="rate it"), widgets.Button(description="forget my ratings")
-    display(widgets.VBox([picker, widgets.HBox([text, films, stars]), widgets.HBox([rate, forget])]))
-    shown = display(answer(), display_id=True)
+    display(widgets.VBox([widgets.HBox([picker, text, films]), widgets.HBox([stars, rate, forget])]))
+    shown = display(answer(user), display_id=True)
 
     def found(_change: Any) -> None:
         films.options = recommender.find(text.value) or {"no such film": -1}
 
     def rated(_button: Any) -> None:
         if films.value is not None and films.value >= 0:
-            mine[films.value] = stars.value
-            shown.update(answer())
+            mine[films.value] = float(stars.value)
+            shown.update(answer(picker.value))
 
     def forgotten(_change: Any) -> None:
         mine.clear()
-        shown.update(answer())
+        shown.update(answer(picker.value))
 
     text.observe(found, names="value")
     picker.observe(forgotten, names="value")
