@@ -267,9 +267,10 @@ class MCHManagedCollisionModule(ManagedCollisionModule):
         self.register_buffer("_output_segments_tensor", segments)
         rows_Z = torch.arange(zch_size, device=device)
         self.register_buffer("_mch_sorted_raw_ids", torch.full_like(rows_Z, NO_ID))
-        self.register_buffer("_mch_remapped_ids_mapping", rows_Z)
-        self.register_buffer("_mch_counts", torch.zeros_like(rows_Z))
-        self.register_buffer("_mch_last_access_iter", torch.zeros_like(rows_Z))
+        self.register_buffer("_mch_remapped_ids_mapping", rows_Z + output_global_offset)
+        remembered = {info.metadata_name for info in eviction_policy.metadata_info}  # the rest need not be saved
+        for name in ("counts", "last_access_iter"):
+            self.register_buffer(f"_mch_{name}", torch.zeros_like(rows_Z), persistent=name in remembered)
         self.register_buffer("_current_iter_tensor", torch.zeros(1, dtype=torch.int64, device=device))
         self._history: list[tuple[Tensor, int]] = []  # (ids, batch number) since the last eviction
         self._given_away: list[Tensor] = []
@@ -330,15 +331,16 @@ class MCHManagedCollisionModule(ManagedCollisionModule):
     def _owners(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         owned = self._mch_sorted_raw_ids != NO_ID
         parts = ("_mch_sorted_raw_ids", "_mch_remapped_ids_mapping", "_mch_counts", "_mch_last_access_iter")
-        return tuple(getattr(self, part)[owned] for part in parts)  # type: ignore[return-value]
+        ids_O, rows_O, counts_O, last_O = (getattr(self, part)[owned] for part in parts)
+        return ids_O, rows_O - self._output_global_offset, counts_O, last_O
 
     def _store(self, ids_O: Tensor, rows_O: Tensor, counts_O: Tensor, last_O: Tensor) -> None:
         order, count = ids_O.argsort(), len(ids_O)
         is_free_Z = torch.ones(self._zch_size, dtype=torch.bool, device=ids_O.device)
         is_free_Z[rows_O] = False
         self._mch_sorted_raw_ids.fill_(NO_ID)[:count] = ids_O[order]
-        self._mch_remapped_ids_mapping[:count] = rows_O[order]
-        self._mch_remapped_ids_mapping[count:] = is_free_Z.nonzero().flatten()
+        self._mch_remapped_ids_mapping[:count] = rows_O[order] + self._output_global_offset
+        self._mch_remapped_ids_mapping[count:] = is_free_Z.nonzero().flatten() + self._output_global_offset
         self._mch_counts.zero_()[:count] = counts_O[order]
         self._mch_last_access_iter.zero_()[:count] = last_O[order]
 
@@ -351,8 +353,9 @@ class MCHManagedCollisionModule(ManagedCollisionModule):
             ids_N = jt.values().long()
             place_N = torch.searchsorted(self._mch_sorted_raw_ids, ids_N).clamp_(max=self._zch_size - 1)
             found_N = (self._mch_sorted_raw_ids[place_N] == ids_N) & (ids_N != NO_ID)
-            rows_N = torch.where(found_N, self._mch_remapped_ids_mapping[place_N], self._zch_size - 1)
-            remapped[name] = _with_values(jt, rows_N + self._output_global_offset)
+            shared = self._output_global_offset + self._zch_size - 1
+            rows_N = torch.where(found_N, self._mch_remapped_ids_mapping[place_N], shared)
+            remapped[name] = _with_values(jt, rows_N)
         return remapped
 
     def evict(self) -> Tensor | None:
@@ -420,7 +423,7 @@ class MCHManagedCollisionModule(ManagedCollisionModule):
 
     def validate_state(self) -> None:
         self.check_cuts()
-        ids_Z, rows_Z = self._mch_sorted_raw_ids, self._mch_remapped_ids_mapping
+        ids_Z, rows_Z = self._mch_sorted_raw_ids, self._mch_remapped_ids_mapping - self._output_global_offset
         if bool((ids_Z.diff() < 0).any()) or not torch.equal(
             rows_Z.sort().values, torch.arange(len(rows_Z)).to(rows_Z)
         ):
