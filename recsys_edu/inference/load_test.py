@@ -51,34 +51,73 @@ class LoadResult:
         return self.latencies_ms[min(int(len(self.latencies_ms) * percent / 100), len(self.latencies_ms) - 1)]
 
 
+class ServerProcess:
+    """A package served by a process of its own, on a free port of this machine alone.
+
+    It starts at once and takes seconds, most of them to import torch; `url` waits until it answers. As a context
+    manager it ends with the block.
+
+    >>> server = ServerProcess("film.pt2", "--threads", "1")               # doctest: +SKIP
+    >>> server.url                                                          # doctest: +SKIP
+    'http://127.0.0.1:40001'
+    >>> server.stop()                                                       # doctest: +SKIP
+
+    Args:
+        package: what `export_package` or `compile_package` wrote.
+        options: of `recsys_edu serve`.
+
+    Raises:
+        RuntimeError: (from `url`) it did not start; with what it said.
+    """
+
+    def __init__(self, package: str | Path, *options: str) -> None:
+        command = [sys.executable, "-m", "recsys_edu.inference.serve", str(package), "--port", "0", *options]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=_environment())
+        self._killer = threading.Timer(START_SECONDS, self._process.kill)
+        self._killer.daemon = True
+        self._killer.start()
+        self._url: str | None = None
+
+    @property
+    def url(self) -> str:
+        if self._url is None:
+            line = self._process.stdout.readline()
+            self._killer.cancel()
+            if "http://" not in line:
+                self._process.kill()
+                raise RuntimeError(f"the server did not start: {line}{self._process.communicate()[1].strip()}")
+            # A full pipe would stop the server
+            threading.Thread(target=self._process.stderr.read, daemon=True).start()
+            self._url = line.split()[-1]
+        return self._url
+
+    def stop(self) -> None:
+        """End it, orderly if it can; does nothing the second time."""
+        self._killer.cancel()
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+
 @contextlib.contextmanager
 def server_process(package: str | Path, *options: str) -> Iterator[str]:
-    """Serve a package in a process of its own, on a free port; gives its address and ends it afterwards.
+    """Serve a package as `ServerProcess` does while the block runs; gives the address.
 
     Raises:
         RuntimeError: it did not start; with what it said.
     """
-    command = [sys.executable, "-m", "recsys_edu.inference.serve", str(package), "--port", "0", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_environment())
-    killer = threading.Timer(START_SECONDS, process.kill)
-    killer.start()
-    try:
-        line = process.stdout.readline()
-        killer.cancel()
-        if "http://" not in line:
-            process.kill()
-            raise RuntimeError(f"the server did not start: {line}{process.communicate()[1].strip()}")
-        drain = threading.Thread(target=process.stderr.read, daemon=True)  # a full pipe would stop the server
-        drain.start()
-        yield line.split()[-1]
-    finally:
-        killer.cancel()
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    with ServerProcess(package, *options) as server:
+        yield server.url
 
 
 def _environment() -> dict[str, str]:
