@@ -51,7 +51,8 @@ class OptimType(Enum):
 class EmbeddingComputeKernel(Enum):
     """How a shard's lookup runs: `DENSE` leaves a gradient, `FUSED` applies the optimizer inside backward.
 
-    The others are names TorchRec's plans may carry; this engine runs DENSE, FUSED and QUANT.
+    FUSED_UVM keeps the weights of a GPU's shard in the host's memory, FUSED_UVM_CACHING with a cache on the GPU. The
+    others are names TorchRec's plans may carry; this engine runs those four and QUANT.
     """
 
     DENSE = "dense"
@@ -161,7 +162,9 @@ class BaseEmbeddingSharder(ModuleSharder[M]):
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         if sharding_type == ShardingType.DATA_PARALLEL.value:
             return [EmbeddingComputeKernel.DENSE.value]  # its gradients are averaged before any optimizer sees them
-        return [EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value]
+        kernel = EmbeddingComputeKernel
+        on_host = [kernel.FUSED_UVM, kernel.FUSED_UVM_CACHING] if compute_device_type == "cuda" else []
+        return [each.value for each in (kernel.FUSED, *on_host, kernel.DENSE)]
 
     def storage_usage(self, tensor: Tensor, compute_device_type: str, compute_kernel: str) -> dict[str, int]:
         """Bytes of the weights per kind of memory: `{"ddr": 640}` on the CPU, `{"hbm": 640}` on cuda."""

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from recsys_edu.distributed.sharding.tiling import Shard, row_cuts
 from recsys_edu.kernels.quantized import QuantizedSpec
-from recsys_edu.kernels.spec import KernelSpec, OptimizerSpec, TableSpec
+from recsys_edu.kernels.spec import KernelSpec, OptimizerSpec, TableMemory, TableSpec
 from recsys_edu.types import DataType
 
 
@@ -24,6 +24,7 @@ class ShardedTable:
 
     `optimizer` None means a dense kernel: weights that get ordinary gradients. `everywhere` marks a data-parallel table
     that trains in backward: each shard is a whole copy, every rank looks up everybody's ids and keeps its own answers.
+    `memory` and `cache_share` are a fused kernel's, see KernelSpec.
     """
 
     name: str
@@ -35,6 +36,8 @@ class ShardedTable:
     data_type: DataType = DataType.FP32
     optimizer: OptimizerSpec | None = None
     everywhere: bool = False
+    memory: TableMemory = TableMemory.DEVICE
+    cache_share: float = 0.2
 
     @cached_property
     def row_cuts(self) -> tuple[int, ...]:
@@ -184,7 +187,7 @@ class Layout:
         return [sum(lane.width for lane in lanes if lane.host is not None) for lanes in firsts]
 
     def kernels_of_rank(self, rank: int) -> list[RankKernel]:
-        """What `rank` has to look up: one kernel per weight type, optimizer and, for sequences, width."""
+        """What `rank` has to look up: one kernel per weight type, optimizer, memory and, for sequences, width."""
         groups: dict[object, list[Lane]] = {}
         for lane in self.lanes_W[rank]:
             groups.setdefault(self._kernel_key(lane), []).append(lane)
@@ -193,7 +196,8 @@ class Layout:
     def _kernel_key(self, lane: Lane) -> tuple[object, ...]:
         table = lane.output.table
         data_type = None if self.quantized else table.data_type
-        return (data_type, table.optimizer, table.everywhere, None if self.pooled else lane.width)
+        kind = (data_type, table.optimizer, table.everywhere, table.memory, table.cache_share)
+        return (*kind, None if self.pooled else lane.width)
 
     def _rank_kernel(self, lanes: list[Lane]) -> RankKernel:
         shards = list(dict.fromkeys(lane.shard for lane in lanes))
@@ -209,7 +213,8 @@ class Layout:
             spec = QuantizedSpec(data_types=tuple(type_of[shard] for shard in shards), **common)
         else:
             table = lanes[0].output.table
-            spec = KernelSpec(data_type=table.data_type, optimizer=table.optimizer, **common)
+            where = {"memory": table.memory, "cache_share": table.cache_share}
+            spec = KernelSpec(data_type=table.data_type, optimizer=table.optimizer, **where, **common)
         return RankKernel(spec, tuple(shards), tuple(lanes))
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from recsys_edu.distributed.comm import get_local_size
+from recsys_edu.distributed.embedding_types import EmbeddingComputeKernel
 from recsys_edu.distributed.sharding_plan import (
     construct_module_sharding_plan,
     default_compute_kernel,
@@ -25,9 +26,9 @@ from recsys_edu.distributed.types import (
     ModuleShardingPlan,
     ShardingEnv,
     ShardingPlan,
-    ShardingType,
 )
 from recsys_edu.distributed.utils import append_prefix, init_parameters
+from recsys_edu.kernels.backend import fbgemm_status
 
 
 def shard(
@@ -104,20 +105,31 @@ def default_plan(
 
     Tables train as their parameters say: inside backward where an optimizer is attached, else with a gradient.
     """
-    from recsys_edu.distributed.planner import EmbeddingShardingPlanner, Topology
+    from recsys_edu.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+    from recsys_edu.distributed.planner.workload import shardable_modules
 
     known = {sharder.module_type: sharder for sharder in sharders}
     if not any(type(child) in known for child in module.modules()):
         return ShardingPlan({})
     topology = Topology(env.world_size, device.type, local_world_size=get_local_size(env.world_size))
-    plan = EmbeddingShardingPlanner(topology).plan(module, list(known.values()))
-    for path, module_plan in plan.plan.items():
+    constraints = {}
+    for path in shardable_modules(module, list(known.values())):
         child = module.get_submodule(path)
-        parameters = known[type(child)].shardable_parameters(child)
-        for name, sharding in module_plan.items():  # type: ignore[attr-defined]
-            if sharding.sharding_type != ShardingType.DATA_PARALLEL.value:
-                sharding.compute_kernel = default_compute_kernel(parameters[name], known[type(child)])
-    return plan
+        for name, parameter in known[type(child)].shardable_parameters(child).items():
+            kernels = _kernels_here(default_compute_kernel(parameter, known[type(child)]), device)
+            constraints[name] = ParameterConstraints(compute_kernels=kernels)
+    return EmbeddingShardingPlanner(topology, constraints=constraints).plan(module, list(known.values()))
+
+
+def _kernels_here(kernel: str, device: torch.device) -> list[str]:
+    """The kernels to choose from for a table that trains by `kernel`: host memory only where it can be read.
+
+    A dense one is always among them: that of data-parallel tables.
+    """
+    fused, dense = EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value
+    can_read_host = kernel == fused and device.type == "cuda" and fbgemm_status().available
+    on_host = [EmbeddingComputeKernel.FUSED_UVM_CACHING.value, EmbeddingComputeKernel.FUSED_UVM.value]
+    return [kernel, *(on_host if can_read_host else []), *([dense] if kernel != dense else [])]
 
 
 def _check_paths(module: nn.Module, plan: ShardingPlan, known: dict[type, ModuleSharder[Any]]) -> None:

@@ -5,7 +5,7 @@ configs + plan + weights  ->  ShardedTables  ->  kernels that own memory, and pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +18,11 @@ from recsys_edu.distributed.flight import LaneLookup
 from recsys_edu.distributed.layout import RankKernel, ShardedTable
 from recsys_edu.distributed.replicas import Replicas
 from recsys_edu.distributed.sharding.tiling import Shard
-from recsys_edu.distributed.tables import TableSource, plan_tables
+from recsys_edu.distributed.tables import KERNEL_OF_MEMORY, TableSource, check_memory, plan_tables
 from recsys_edu.distributed.tiled_tensor import Tile, TiledTensor
 from recsys_edu.distributed.types import ParameterSharding
 from recsys_edu.kernels.optimizers import ROW_OPTIMIZERS
-from recsys_edu.kernels.spec import Kernel, weight_dtype
+from recsys_edu.kernels.spec import Kernel, TableMemory, weight_dtype
 from recsys_edu.modules.embedding_configs import BaseEmbeddingConfig
 from recsys_edu.optim.fused import EmptyFusedOptimizer
 from recsys_edu.optim.fused_tables import FusedTablesOptimizer, LearningRate
@@ -60,6 +60,7 @@ class ShardedTables:
         self._prefix, self._local_size, self._name = prefix, local_size, name
         self.tables = plan_tables(configs, sources, plan, exchange.world_size, local_size)
         self.layout = self.tables.layout
+        check_memory(self.layout, device)
         check_same_on_every_rank(exchange, self.layout, f"tables or plan of {name or 'the sharded module'}")
         self.lookup = LaneLookup(self.layout, exchange, device, weighted)
         self.replicas = Replicas(self.tables, device, weighted)
@@ -74,9 +75,9 @@ class ShardedTables:
 
         Only the rectangles of the plan count: a table goes on to be trained as it was, fused or by gradients.
         """
-        fused = {table.name: table.optimizer is not None for table in self.layout.tables}
-        kernels = {True: EmbeddingComputeKernel.FUSED.value, False: EmbeddingComputeKernel.DENSE.value}
-        plan = {name: replace(cut, compute_kernel=kernels[fused.get(name, True)]) for name, cut in plan.items()}
+        dense = EmbeddingComputeKernel.DENSE.value
+        kernels = {t.name: KERNEL_OF_MEMORY[t.memory] if t.optimizer else dense for t in self.layout.tables}
+        plan = {name: replace(cut, compute_kernel=kernels[name]) for name, cut in plan.items()}
         return ShardedTables(
             self.configs,
             self.sources,
@@ -127,6 +128,8 @@ class TableShards(nn.Module):
 
     def tiled(self) -> TiledTensor:
         """The whole table as this rank knows it."""
+        for shard in self.local:
+            shard.settle()
         tiles = [Tile((s.shard.rows.start, s.shard.columns.start), s.weight.detach()) for s in self.local]
         return TiledTensor((self.table.num_rows, self.table.num_columns), tiles, weight_dtype(self.table.data_type))
 
@@ -182,11 +185,15 @@ def _mark_as_trained_in_backward(parameter: nn.Parameter, source: TableSource) -
 
 @dataclass(frozen=True)
 class LocalShard:
-    """One of this rank's shards: its rectangle, its live weights, its live optimizer state."""
+    """One of this rank's shards: its rectangle, its live weights, its live optimizer state.
+
+    `settle` makes the weights current, and has to be called before they are read or written: a GPU may cache some.
+    """
 
     shard: Shard
     weight: Tensor
     state: Mapping[str, Tensor]
+    settle: Callable[[], None] = lambda: None
 
 
 def local_shards(rank_kernels: Iterable[RankKernel], kernels: Iterable[Kernel]) -> dict[str, list[LocalShard]]:
@@ -195,8 +202,9 @@ def local_shards(rank_kernels: Iterable[RankKernel], kernels: Iterable[Kernel]) 
     for ranked, kernel in zip(rank_kernels, kernels):
         # A dense kernel's weights are parameters; those of a fused one are plain memory that it updates itself.
         weights = kernel.weights if ranked.spec.optimizer is None else kernel.table_weights()
+        settle = {"settle": kernel.settle} if ranked.spec.memory is TableMemory.HOST_CACHED else {}
         for shard, weight, state in zip(ranked.shards, weights, kernel.optimizer_state()):
-            found.setdefault(shard.table, []).append(LocalShard(shard, weight, state))
+            found.setdefault(shard.table, []).append(LocalShard(shard, weight, state, **settle))
     return found
 
 

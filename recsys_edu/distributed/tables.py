@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from recsys_edu.distributed.comm import get_local_size
@@ -19,13 +20,22 @@ from recsys_edu.distributed.embedding_types import EmbeddingComputeKernel
 from recsys_edu.distributed.layout import Layout, Output, ShardedTable
 from recsys_edu.distributed.sharding.tiling import Shard, shards_from, validate
 from recsys_edu.distributed.types import ParameterSharding
-from recsys_edu.kernels.spec import KernelSpec, OptimizerSpec, TableSpec
+from recsys_edu.kernels.fbgemm import why_not_host_memory
+from recsys_edu.kernels.spec import KernelSpec, OptimizerSpec, TableMemory, TableSpec
 from recsys_edu.modules.embedding_configs import BaseEmbeddingConfig, PoolingType
 from recsys_edu.optim.fused_spec import optimizer_spec
 from recsys_edu.types import DataType
 
 DEFAULT_OPTIMIZER = OptimizerSpec("SGD", learning_rate=0.01)
 """What trains a fused table that was given no optimizer, as in TorchRec."""
+
+KERNEL_OF_MEMORY = {
+    TableMemory.DEVICE: EmbeddingComputeKernel.FUSED.value,
+    TableMemory.HOST: EmbeddingComputeKernel.FUSED_UVM.value,
+    TableMemory.HOST_CACHED: EmbeddingComputeKernel.FUSED_UVM_CACHING.value,
+}
+"""The plan's name of a fused kernel by where its weights lie."""
+MEMORY_OF_KERNEL = {kernel: memory for memory, kernel in KERNEL_OF_MEMORY.items()}
 
 _FUSED_KINDS = {"EXACT_SGD": "SGD", "EXACT_ADAGRAD": "ADAGRAD", "EXACT_ROWWISE_ADAGRAD": "ROWWISE_ADAGRAD"}
 
@@ -151,6 +161,7 @@ def plan_tables(
             replicated.append(config.name)
         fused = everywhere or (shards and plan[config.name].compute_kernel != EmbeddingComputeKernel.DENSE.value)
         optimizer = sources[config.name].optimizer if fused else None
+        memory, cache = MEMORY_OF_KERNEL.get(plan[config.name].compute_kernel), plan[config.name].cache_params
         tables.append(
             ShardedTable(
                 name=config.name,
@@ -162,8 +173,31 @@ def plan_tables(
                 data_type=config.data_type,
                 optimizer=optimizer,
                 everywhere=everywhere,
+                memory=memory or TableMemory.DEVICE,
+                **({} if cache is None or cache.load_factor is None else {"cache_share": cache.load_factor}),
             )
         )
     pooled = all(hasattr(config, "pooling") for config in configs)
     layout = Layout(tuple(tables), world_size, pooled, local_size or get_local_size(world_size))
     return Tables(layout, tuple(replicated), {c.name: c for c in configs})
+
+
+def check_memory(layout: Layout, device: torch.device) -> None:
+    """Every table that its plan leaves in host memory can be looked up from there; every rank finds the same.
+
+    Raises:
+        ValueError: naming the first table that cannot, its kernel, why, and what to plan instead.
+    """
+    for table in layout.tables:
+        if table.memory is TableMemory.DEVICE or device.type == "meta":
+            continue
+        shape = TableSpec(table.name, table.num_rows, table.num_columns)
+        settings = {"data_type": table.data_type, "optimizer": table.optimizer, "cache_share": table.cache_share}
+        spec = KernelSpec((shape,), tuple(0 for _ in table.features), layout.pooled, memory=table.memory, **settings)
+        reason = why_not_host_memory(spec, device)
+        if reason is not None:
+            raise ValueError(
+                f"table {table.name!r}: the plan's kernel {KERNEL_OF_MEMORY[table.memory]!r} keeps its weights in host "
+                f"memory for a GPU to read: {reason}. Plan it with 'fused' or 'dense', or for the device "
+                "that is here"
+            )

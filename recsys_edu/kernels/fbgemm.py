@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from recsys_edu.kernels.backend import fbgemm_status
 from recsys_edu.kernels.optimizers import ROW_OPTIMIZERS
-from recsys_edu.kernels.spec import KernelSpec, OptimizerSpec
+from recsys_edu.kernels.spec import KernelSpec, OptimizerSpec, TableMemory, weight_dtype
 
 POOLING_SUM = 0  # FBGEMM's codes
 OUTPUT_FP32 = 0
@@ -58,6 +58,16 @@ def why_not_fused(spec: KernelSpec, device: torch.device) -> str | None:
     if not runs:
         return "there are no lanes"
     return None
+
+
+def why_not_host_memory(spec: KernelSpec, device: torch.device) -> str | None:
+    """Why a table that stays in the host's memory cannot be looked up and updated here; None when it can."""
+    if device.type != "cuda":
+        return f"it is for GPUs whose memory is too small, and this device is {device.type}"
+    if spec.optimizer is None:
+        return "its optimizer has to run inside backward, and the table has a dense kernel"
+    dims = [table.dim for table in spec.tables]
+    return why_not_lookup(dims, weight_dtype(spec.data_type), device) or why_not_fused(spec, device)
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,7 @@ class FbgemmFusedTables(nn.Module):
         # In the order of first use: FBGEMM's backward expects the tables of its lanes to ascend.
         self.table_order = list(dict.fromkeys(spec.lane_tables))
         self.num_rows = [spec.tables[table].num_rows for table in self.table_order]
+        self.cached = spec.memory is TableMemory.HOST_CACHED
         self.tbe = _table_batched(spec, self.table_order, device)
 
     def lookup(self, values_N: Tensor, offsets: Tensor, per_sample_weights_N: Tensor | None) -> Tensor:
@@ -138,9 +149,16 @@ class FbgemmFusedTables(nn.Module):
         return self.tbe.iter_cpu
 
     def weights(self) -> dict[int, Tensor]:
-        """Table index -> live weights [R, D]."""
+        """Table index -> live weights [R, D], settled."""
+        self.settle()
         tables = zip(self.table_order, self.tbe.split_embedding_weights(), self.num_rows)
         return {table: weights[:num_rows] for table, weights, num_rows in tables}
+
+    def settle(self) -> None:
+        """Write back the rows that a cache holds, and empty it: the weights are read and written behind its back."""
+        if self.cached:
+            self.tbe.flush()
+            self.tbe.reset_cache_states()
 
     def optimizer_state(self, kind: str) -> dict[int, dict[str, Tensor]]:
         """Table index -> live state."""
@@ -152,11 +170,23 @@ class FbgemmFusedTables(nn.Module):
         }
 
 
+def table_location(spec: KernelSpec, device: torch.device) -> Any:
+    """FBGEMM's name for where the weights lie."""
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+
+    if device.type == "cpu":
+        return EmbeddingLocation.HOST
+    return {
+        TableMemory.DEVICE: EmbeddingLocation.DEVICE,
+        TableMemory.HOST: EmbeddingLocation.MANAGED,
+        TableMemory.HOST_CACHED: EmbeddingLocation.MANAGED_CACHING,
+    }[spec.memory]
+
+
 def _table_batched(spec: KernelSpec, table_order: list[int], device: torch.device) -> nn.Module:
     from fbgemm_gpu.split_embedding_configs import SparseType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import (
         BoundsCheckMode,
-        EmbeddingLocation,
         PoolingMode,
     )
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -165,7 +195,7 @@ def _table_batched(spec: KernelSpec, table_order: list[int], device: torch.devic
     )
 
     on_cpu = device.type == "cpu"
-    location = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
+    location = table_location(spec, device)
     compute = ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA
     tables = [spec.tables[table] for table in table_order]
     tbe = SplitTableBatchedEmbeddingBagsCodegen(
@@ -176,6 +206,7 @@ def _table_batched(spec: KernelSpec, table_order: list[int], device: torch.devic
         output_dtype=SparseType.FP32,
         pooling_mode=PoolingMode.SUM if spec.pooled else PoolingMode.NONE,
         bounds_check_mode=BoundsCheckMode.NONE,
+        cache_load_factor=spec.cache_share,
         stochastic_rounding=False,  # the nearest number, as the PyTorch kernel rounds
         device=device,
         table_names=[table.name for table in tables],

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from recsys_edu.kernels import lookup, reference
 from recsys_edu.kernels.checks import check_ids
-from recsys_edu.kernels.fbgemm import FbgemmFusedTables, why_not_fused, why_not_lookup
+from recsys_edu.kernels.fbgemm import FbgemmFusedTables, why_not_fused, why_not_host_memory, why_not_lookup
 from recsys_edu.kernels.optimizers import ROW_OPTIMIZERS, new_state, update_rows
 from recsys_edu.kernels.quantized import QuantizedKernel, QuantizedSpec
-from recsys_edu.kernels.spec import Kernel, KernelSpec, weight_dtype
+from recsys_edu.kernels.spec import Kernel, KernelSpec, TableMemory, weight_dtype
 
 
 def make_kernel(
@@ -32,7 +32,8 @@ def make_kernel(
             chosen, and why, is in `kernel.backend` and `kernel.backend_reason`.
 
     Raises:
-        ValueError: an unknown backend, or "fbgemm" for a spec that FBGEMM cannot serve.
+        ValueError: an unknown backend, "fbgemm" for a spec that FBGEMM cannot serve, or weights in host memory
+            where that cannot be.
 
     >>> spec = KernelSpec((TableSpec("user", 100, 8),), (0,), pooled=True, optimizer=OptimizerSpec("SGD"))
     >>> kernel = make_kernel(spec)
@@ -49,6 +50,9 @@ def make_kernel(
     if backend == "fbgemm" and reason:
         raise ValueError(f"backend='fbgemm' was asked for, but {reason}")
     chosen = "pytorch" if reason else "fbgemm"
+    if spec.memory is not TableMemory.DEVICE and (hindrance := reason or why_not_host_memory(spec, device)):
+        names = ", ".join(table.name for table in spec.tables[:5])
+        raise ValueError(f"tables {names} cannot stay in host memory: {hindrance}")
     if spec.optimizer is None:
         return DenseKernel(spec, device, chosen, reason or "FBGEMM serves this spec")
     unfused = reason or why_not_fused(spec, device)
@@ -232,6 +236,10 @@ class FbgemmFusedKernel(nn.Module):
             width = self.spec.output_dim
             return torch.zeros(0, width, device=values_N.device, requires_grad=torch.is_grad_enabled())
         return self.fused.lookup(values_N, offsets, per_sample_weights_N)
+
+    def settle(self) -> None:
+        """Make the live weights current; see FbgemmFusedTables."""
+        self.fused.settle()
 
     @property
     def learning_rate(self) -> float:

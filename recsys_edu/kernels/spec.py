@@ -11,6 +11,7 @@ feature brings to one table. Everything else in this package either describes ke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -19,6 +20,14 @@ from torch import Tensor
 from recsys_edu.types import DataType
 
 OPTIMIZER_KINDS = ("SGD", "ADAGRAD", "ROWWISE_ADAGRAD", "ADAM", "PARTIAL_ROWWISE_ADAM", "LAMB", "LARS_SGD")
+
+
+class TableMemory(Enum):
+    """Where a fused kernel keeps its weights: where it computes, or, for a GPU, with the host, cached or not."""
+
+    DEVICE = "device"
+    HOST = "host"
+    HOST_CACHED = "host, cached on the device"
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,8 @@ class KernelSpec:
         validate_ids: check every id before the lookup. Switch off only where the caller has called `check_ids`:
             fast kernels read and write whatever memory a wrong id points at.
         lane_features: one feature name per lane, for error messages; empty means "lane 0", "lane 1", ...
+        memory: of a fused kernel on a GPU; the host's needs FBGEMM, which reads it through CUDA's managed memory.
+        cache_share: of the rows that the GPU keeps, for HOST_CACHED.
 
     Raises:
         ValueError: a lane names no table, names are too few, dims differ in a sequence kernel, or the data type is
@@ -99,6 +110,8 @@ class KernelSpec:
     optimizer: OptimizerSpec | None = None
     validate_ids: bool = True
     lane_features: tuple[str, ...] = ()
+    memory: TableMemory = TableMemory.DEVICE
+    cache_share: float = 0.2
 
     def __post_init__(self) -> None:
         for lane, table in enumerate(self.lane_tables):
@@ -110,6 +123,8 @@ class KernelSpec:
         if not self.pooled and len(dims) > 1:
             raise ValueError(f"a sequence kernel's tables share one dim, got {sorted(dims)}; make one kernel per dim")
         weight_dtype(self.data_type)
+        if not 0 < self.cache_share <= 1:
+            raise ValueError(f"cache_share {self.cache_share}: expected a share above 0, and at most 1")
 
     @property
     def lane_dims(self) -> tuple[int, ...]:

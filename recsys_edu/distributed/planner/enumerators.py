@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from recsys_edu.distributed.planner.options import OptionGrid, enumerate_options
+from recsys_edu.distributed.planner.options import OptionGrid, enumerate_options, grouped_reasons
 from recsys_edu.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
 from recsys_edu.distributed.planner.types import (
     Enumerator,
@@ -105,10 +105,8 @@ class EmbeddingEnumerator(Enumerator):
         missing = sorted(set(range(len(workload))) - {i for i, _ in wanted})
         if missing:
             i = missing[0]
-            reasons = {grid.pairs[j]: text for (t, j), text in grid.rejections.items() if t == i}
             raise PlannerError(
-                f"table {workload.tables[i].name!r} has no option: "
-                + "; ".join(f"{kind} with {kernel}: {text}" for (kind, kernel), text in reasons.items()),
+                f"table {workload.tables[i].name!r} has no option: " + "; ".join(grouped_reasons(grid, i)),
                 PlannerErrorType.STRICT_CONSTRAINTS,
             )
         self.populate_estimates(options)

@@ -6,18 +6,19 @@
 
 The sharded modules are the real ones, kernels and optimizer state included; only the exchange is one of a simulated
 world. With `device="cpu"` the shards are really allocated and filled, for plans whose rank fits into this machine.
+What the plan leaves in a GPU's host memory is held here like the rest: there is only one memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recsys_edu.distributed.embedding_types import EmbeddingComputeKernel
+from recsys_edu.distributed.embedding_types import HOST_MEMORY_KERNELS, EmbeddingComputeKernel
 from recsys_edu.distributed.exchange import SimulatedWorld
 from recsys_edu.distributed.planner.report import PlannedSharding
 from recsys_edu.distributed.planner.types import PlannerError, PlannerErrorType
@@ -26,7 +27,7 @@ from recsys_edu.distributed.planner.workload import Table
 from recsys_edu.distributed.sharding.tiling import Shard
 from recsys_edu.distributed.shards import local_shards
 from recsys_edu.distributed.simulation import shard_one
-from recsys_edu.distributed.types import ParameterSharding, ShardingType
+from recsys_edu.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingType
 
 
 @dataclass(frozen=True)
@@ -144,12 +145,13 @@ def hold_rank(model: nn.Module, plan: PlannedSharding, rank: int, device: torch.
     end = SimulatedWorld(world_size).exchange(rank)
     sharders = {table.path: table.sharder for table in plan.found.placement.problem.grid.workload.tables}
     modules = {}
+    tables_of = {path: in_one_memory(plan.plan[path]) for path in sharders}
     for path, sharder in sharders.items():
         child = model.get_submodule(path)
         options = {"fused_params": getattr(sharder, "fused_params", None)}
         if hasattr(child, "embedding_bag_configs"):  # only pooled answers are summed inside a host
             options["local_size"] = plan.topology.local_world_size
-        modules[path] = shard_one(child, plan.plan[path], end, device, **options)
+        modules[path] = shard_one(child, tables_of[path], end, device, **options)
     numbers = {(path, shard): both for path, shard, *both in _planned(plan, rank)}
     held = [
         HeldShard(path, shard, weight, state, *numbers[path, shard])
@@ -157,6 +159,15 @@ def hold_rank(model: nn.Module, plan: PlannedSharding, rank: int, device: torch.
         for shard, weight, state in _tensors(module, rank)
     ]
     return HeldRank(rank, world_size, modules, tuple(held), int(plan.used_bytes_W2[rank].sum()))
+
+
+def in_one_memory(plan: EmbeddingModuleShardingPlan) -> EmbeddingModuleShardingPlan:
+    """The plan with the fused kernel wherever only the place of the weights sets a kernel apart from it."""
+    fused = EmbeddingComputeKernel.FUSED.value
+    return EmbeddingModuleShardingPlan(
+        (name, replace(cut, compute_kernel=fused) if cut.compute_kernel in HOST_MEMORY_KERNELS else cut)
+        for name, cut in plan.items()
+    )
 
 
 def _tensors(module: nn.Module, rank: int) -> Iterator[tuple[Shard, Tensor, Mapping[str, Tensor]]]:

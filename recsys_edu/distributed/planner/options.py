@@ -36,7 +36,7 @@ from recsys_edu.distributed.planner.cost import (
 )
 from recsys_edu.distributed.planner.topology import Topology
 from recsys_edu.distributed.planner.utils import show_bytes
-from recsys_edu.distributed.planner.workload import Workload
+from recsys_edu.distributed.planner.workload import Table, Workload
 from recsys_edu.distributed.sharding.row_wise import row_blocks
 from recsys_edu.distributed.sharding_plan import column_block_width
 from recsys_edu.distributed.types import PipelineType, ShardingType
@@ -119,17 +119,15 @@ def enumerate_options(
     workload: Workload,
     topology: Topology,
     pipeline: PipelineType = PipelineType.NONE,
-    host_memory_kernels: Sequence[str] = (),
     inference: bool = False,
     check_sizes: bool = True,
 ) -> OptionGrid:
     """The grid of all options; what cannot be is marked, with the reason.
 
-    `host_memory_kernels` are offered besides those that the sharders name, to tables whose constraint names none.
     `check_sizes` marks options that are larger than any rank.
     """
     machine = Machine.of(topology)
-    pairs = _pairs(workload, topology, host_memory_kernels)
+    pairs = _pairs(workload, topology)
     shape = (len(workload), len(pairs))
     rows, width = np.zeros(shape), np.zeros(shape)
     row_blocks_TJ, column_blocks_TJ = np.ones(shape, np.int64), np.ones(shape, np.int64)
@@ -160,9 +158,7 @@ def enumerate_options(
     lookups = workload.lookups.at((slice(None), None))
     times = times_ms(rectangles, lookups, machine, inference)
     sizes = storage_bytes(rectangles, lookups, machine, pipeline)
-    rejections = _rejections(
-        workload, pairs, topology, column_blocks_TJ, sizes if check_sizes else 0 * sizes, host_memory_kernels
-    )
+    rejections = _rejections(workload, pairs, topology, column_blocks_TJ, sizes if check_sizes else 0 * sizes)
     valid = np.ones(shape, bool)
     if rejections:
         valid[tuple(np.array(list(rejections)).T)] = False
@@ -182,10 +178,9 @@ def enumerate_options(
     )
 
 
-def _pairs(workload: Workload, topology: Topology, host_kernels: Sequence[str]) -> tuple[tuple[str, str], ...]:
+def _pairs(workload: Workload, topology: Topology) -> tuple[tuple[str, str], ...]:
     """The pairs that any table may have, in the order of TorchRec's enums; kernels that the device runs."""
     found = {(t, k) for table in workload.tables for t, kernels in table.kernels.items() for k in kernels}
-    found |= {(t, k) for t, _ in found if t != ShardingType.DATA_PARALLEL.value for k in host_kernels}
     device = topology.compute_device
     runs = {k: kernel_bw_lookup(device, k, 1.0, 1.0, 1.0) is not None for _, k in found}
     types, kernels = [t.value for t in ShardingType], [k.value for k in EmbeddingComputeKernel]
@@ -225,7 +220,6 @@ def _rejections(
     topology: Topology,
     column_blocks_TJ: NDArray[np.int64],
     bytes_TJ: Array,
-    host_kernels: Sequence[str],
 ) -> dict[tuple[int, int], str]:
     """Why each impossible option is impossible."""
     local, world = topology.local_world_size, topology.world_size
@@ -238,13 +232,12 @@ def _rejections(
         offered = set(table.kernels)
         for j, (sharding_type, kernel) in enumerate(pairs):
             own = table.kernels.get(sharding_type, ())
-            extra = host_kernels if table.constraint.compute_kernels is None else ()
             place = KINDS[sharding_type].place
             reason = None
             if sharding_type not in offered:
-                reason = f"not allowed: the constraint or the sharder allows {sorted(offered)}"
-            elif kernel not in own and not (kernel in extra and sharding_type != ShardingType.DATA_PARALLEL.value):
-                reason = f"kernel {kernel} not allowed: the constraint or the sharder allows {list(own)}"
+                reason = f"not among the allowed sharding types, {', '.join(table.kernels)} ({_whose(table, 'types')})"
+            elif kernel not in own:
+                reason = f"not among the allowed kernels, {', '.join(own)} ({_whose(table, 'kernels')})"
             elif (twin := _twin(sharding_type, int(column_blocks_TJ[i, j]), world, local, not table.ranks)) in offered:
                 reason = f"the same as {twin}: {_twin_reason(sharding_type, workload, i, topology)}"
             together = table.constraint.together is not None
@@ -285,17 +278,52 @@ def _twin_reason(sharding_type: str, workload: Workload, table: int, topology: T
     return f"its {columns} columns make one block of at least {width}"
 
 
+def _whose(table: Table, what: str) -> str:
+    """Who narrowed the types or kernels down: the user, or the module's sharder for this device."""
+    constraint = table.constraint
+    given = constraint.sharding_types if what == "types" else constraint.compute_kernels
+    if given is not None:
+        return f"constraint {'sharding_types' if what == 'types' else 'compute_kernels'}={given}"
+    return f"all that {type(table.sharder).__name__} offers"
+
+
 def _too_big(needed: Array, cap: Array, sharding_type: str, local: int) -> str:
     kind = 0 if needed[0] > cap[0] else 1
     memory = ("HBM", "host memory")[kind]
     how = {
-        ShardingType.TABLE_WISE.value: "the whole table on one rank",
-        ShardingType.DATA_PARALLEL.value: "a copy on every rank",
-        ShardingType.TABLE_ROW_WISE.value: f"its rows over the {local} ranks of one host",
-        ShardingType.ROW_WISE.value: "its rows over all ranks",
-        ShardingType.GRID_SHARD.value: f"a column block's rows over the {local} ranks of a host",
-    }.get(sharding_type, "a column block on one rank")
-    return f"{how} needs {show_bytes(needed[kind])} of {memory} per rank; {show_bytes(cap[kind])} there"
+        ShardingType.TABLE_WISE.value: "the whole table on one rank needs",
+        ShardingType.DATA_PARALLEL.value: "a copy on every rank needs",
+        ShardingType.TABLE_ROW_WISE.value: f"its rows over the {local} ranks of one host need",
+        ShardingType.ROW_WISE.value: "its rows over all ranks need",
+        ShardingType.GRID_SHARD.value: f"a column block's rows over the {local} ranks of a host need",
+    }.get(sharding_type, "a column block on one rank needs")
+    return f"{how} {show_bytes(needed[kind])} of {memory} per rank; {show_bytes(cap[kind])} there"
+
+
+def grouped_reasons(grid: OptionGrid, table: int) -> list[str]:
+    """Why a table may not have the options it has not, one line for all options with one reason."""
+    groups: dict[str, dict[str, list[str]]] = {}
+    kernels: dict[str, list[str]] = {}
+    for j, (sharding_type, kernel) in enumerate(grid.pairs):
+        kernels.setdefault(sharding_type, []).append(kernel)
+        reason = grid.rejections.get((table, j))
+        if reason is not None:
+            groups.setdefault(reason, {}).setdefault(sharding_type, []).append(kernel)
+    return [f"{named_pairs(found, kernels)}: {reason}" for reason, found in groups.items()]
+
+
+def named_pairs(found: Mapping[str, Sequence[str]], offered: Mapping[str, Sequence[str]]) -> str:
+    """Sharding types with their kernels, in few words.
+
+    >>> kernels = ["fused", "fused_uvm"]
+    >>> named_pairs({"row_wise": kernels, "table_wise": ["fused"]}, {"row_wise": kernels, "table_wise": kernels})
+    'row_wise; table_wise with fused'
+    """
+    by_kernels: dict[str, list[str]] = {}
+    for sharding_type, kernels in found.items():
+        some = "" if list(kernels) == list(offered[sharding_type]) else " with " + ", ".join(kernels)
+        by_kernels.setdefault(some, []).append(sharding_type)
+    return "; ".join(", ".join(types) + some for some, types in by_kernels.items())
 
 
 def _whole_hosts(ranks: Sequence[int], local: int) -> list[int]:

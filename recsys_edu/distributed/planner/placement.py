@@ -24,6 +24,8 @@ from recsys_edu.distributed.planner.topology import Topology
 
 Ints = NDArray[np.int64]
 
+HOST_MEMORY_WEIGHT = 0.1
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -64,9 +66,10 @@ class Problem:
 
     @cached_property
     def memory_UJ(self) -> Array:
-        """Bytes over all ranks as a share of all there are, the two kinds of memory added."""
+        """Bytes over all ranks as a share of all there are; beside device memory, host memory counts little."""
         total = self.caps_W2.sum(axis=0)
-        return (self.bytes_UJ2 * self.count_UJ[..., None] / np.maximum(total, 1)).sum(axis=-1)
+        weights = np.array([1.0, HOST_MEMORY_WEIGHT if total[0] > 0 else 1.0])
+        return (self.bytes_UJ2 * self.count_UJ[..., None] / np.maximum(total, 1)) @ weights
 
     def mask_of(self, unit: int) -> NDArray[np.bool_] | None:
         """[W] where the unit may lie; None: anywhere."""

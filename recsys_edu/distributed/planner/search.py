@@ -16,6 +16,7 @@ price of memory there is a Lagrange multiplier: Fisher, "The Lagrangian relaxati
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,7 @@ TIGHT = 0.3  # of all memory: below it only the first share is tried
 MOST_CEILINGS = 14
 FINALISTS = 3
 MOST_REPAIRS = 12
+MOST_MIXTURES = 3
 SHAKES = 60
 
 
@@ -55,21 +57,8 @@ class Found:
 def search(problem: Problem) -> Found | None:
     """A plan, the same one in every process; None where nothing was found that fits."""
     walk = _Walk(problem)
-    ceilings = _ceilings(problem)
-    coarse = ceilings if len(ceilings) <= 2 * MOST_CEILINGS else ceilings[_spread(len(ceilings), MOST_CEILINGS)]
-    for share in walk.shares:
-        for ceiling in coarse[::-1]:
-            walk.visit(ceiling, share)
-    if walk.plans and len(coarse) < len(ceilings):
-        middle = min(walk.plans, key=lambda plan: plan[0])[1]
-        position = int(np.searchsorted(coarse, middle))
-        low, high = coarse[max(position - 1, 0)], coarse[min(position + 1, len(coarse) - 1)]
-        near = ceilings[(ceilings > low) & (ceilings < high)]
-        for share in walk.shares:
-            for ceiling in near[_spread(len(near), MOST_CEILINGS)]:
-                walk.visit(ceiling, share)
-    for column in range(len(problem.places_J)):
-        walk.visit_alike(column)
+    for _ in _proposals(walk):
+        pass
     if not walk.plans:
         return None
     bound = lower_bound_ms(problem, min(cost for cost, *_ in walk.plans))
@@ -91,6 +80,39 @@ def search(problem: Problem) -> Found | None:
     return Found(best, walk.num_proposals + steps, walk.num_plans + steps, min(bound, best.cost_ms))
 
 
+def first_plan(problem: Problem) -> Placement | None:
+    """The first plan that `search` would come by, not improved; None exactly where it finds none."""
+    walk = _Walk(problem)
+    for _ in _proposals(walk):
+        if walk.plans:
+            return walk.plans[0][2]
+    return None
+
+
+def quick_plan(problem: Problem) -> Placement | None:
+    """One attempt: every unit in the way that takes least memory."""
+    return place_with_repairs(problem, choose(problem, np.inf, 1e12))
+
+
+def _proposals(walk: _Walk) -> Iterator[None]:
+    """The places that a search visits, one after the other: a coarse walk, a finer one near its best, all alike."""
+    ceilings = _ceilings(walk.problem)
+    coarse = ceilings if len(ceilings) <= 2 * MOST_CEILINGS else ceilings[_spread(len(ceilings), MOST_CEILINGS)]
+    for share in walk.shares:
+        for ceiling in coarse[::-1]:
+            yield walk.visit(ceiling, share)
+    if walk.plans and len(coarse) < len(ceilings):
+        middle = min(walk.plans, key=lambda plan: plan[0])[1]
+        position = int(np.searchsorted(coarse, middle))
+        low, high = coarse[max(position - 1, 0)], coarse[min(position + 1, len(coarse) - 1)]
+        near = ceilings[(ceilings > low) & (ceilings < high)]
+        for share in walk.shares:
+            for ceiling in near[_spread(len(near), MOST_CEILINGS)]:
+                yield walk.visit(ceiling, share)
+    for column in range(len(walk.problem.places_J)):
+        yield walk.visit_alike(column)
+
+
 class _Walk:
     """The plans seen on the way over ceilings; `price` only rises while ceilings change little."""
 
@@ -105,11 +127,53 @@ class _Walk:
         self.shares = SHARES if least > TIGHT else SHARES[:1]
 
     def visit(self, ceiling: float, share: float) -> None:
-        """The cheapest price of memory at which the choice under these ceilings can be placed."""
+        """The cheapest price of memory at which the choice under these ceilings can be placed, and mixtures."""
+        dearer_U = None
         for index in range(max(self._first_price - 1, 0), len(PRICES)):
-            if self._try(choose(self.problem, ceiling, PRICES[index] * self._scale, share), ceiling):
+            choice_U = choose(self.problem, ceiling, PRICES[index] * self._scale, share)
+            placed = self._try(choice_U, ceiling)
+            if dearer_U is not None:
+                self._mix(dearer_U, choice_U, ceiling, placed)
+            if placed:
                 self._first_price = index
                 return
+            dearer_U = choice_U
+
+    def _mix(self, cheap_U: Ints, frugal_U: Ints, ceiling: float, frugal_fits: bool) -> None:
+        """Between a choice that takes too much memory and a frugal one: only some units, the fewest, are frugal.
+
+        Tables alike get options alike at any price, so without this either all or none of them would leave the device.
+        Where the frugal choice does not fit either (the host is full), as many as the device needs.
+        """
+        problem = self.problem
+        units = np.flatnonzero(cheap_U != frugal_U)
+        saved = problem.memory_UJ[units, cheap_U[units]] - problem.memory_UJ[units, frugal_U[units]]
+        added = problem.work_UJ[units, frugal_U[units]] - problem.work_UJ[units, cheap_U[units]]
+        units = units[np.argsort(added / np.maximum(saved, 1e-12), kind="stable")]
+
+        def fits(count: int) -> bool:
+            mixed_U = cheap_U.copy()
+            mixed_U[units[:count]] = frugal_U[units[:count]]
+            return self._try(mixed_U, ceiling)
+
+        low, high = 0, len(units)
+        if not frugal_fits:
+            fewest = self._fewest(cheap_U, frugal_U, units)
+            if fewest is not None:
+                any(fits(count) for count in range(fewest, min(fewest + MOST_MIXTURES, high)))
+            return
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle) else (middle, high)
+
+    def _fewest(self, cheap_U: Ints, frugal_U: Ints, units: Ints) -> int | None:
+        """How many of `units` have to be frugal for all to fit into all ranks' memory together; None: never."""
+        problem, all_units = self.problem, np.arange(len(cheap_U))
+        bytes_UJ2 = problem.bytes_UJ2 * problem.count_UJ[..., None]
+        change_2 = bytes_UJ2[units, frugal_U[units]] - bytes_UJ2[units, cheap_U[units]]
+        total_2 = bytes_UJ2[all_units, cheap_U].sum(axis=0) + np.concatenate([[[0, 0]], change_2.cumsum(axis=0)])
+        fits = (total_2 <= problem.caps_W2.sum(axis=0)).all(axis=1)
+        return int(fits.argmax()) if fits.any() else None
 
     def visit_alike(self, column: int) -> None:
         """The same option for every unit that has it."""
@@ -156,14 +220,15 @@ def place_with_repairs(problem: Problem, choice_U: Ints) -> Placement | None:
     room.
     """
     choice_U = choice_U.copy()
-    bytes_UJ = np.where(problem.valid_UJ, problem.bytes_UJ2.sum(axis=-1), np.inf)
+    share_UJ = (problem.bytes_UJ2 / np.maximum(problem.caps_W2.max(axis=0), 1)).sum(axis=-1)
+    share_UJ = np.where(problem.valid_UJ, share_UJ, np.inf)
     for _ in range(MOST_REPAIRS):
         placed = place_all(problem, choice_U)
         if isinstance(placed, int):
             placed = place_all(problem, choice_U, by_memory=True)
         if not isinstance(placed, int):
             return placed
-        smaller_J = bytes_UJ[placed] < bytes_UJ[placed, choice_U[placed]] * (1 - 1e-9)
+        smaller_J = share_UJ[placed] < share_UJ[placed, choice_U[placed]] * (1 - 1e-9)
         if not smaller_J.any():
             return None
         choice_U[placed] = np.where(smaller_J, problem.work_UJ[placed], np.inf).argmin()

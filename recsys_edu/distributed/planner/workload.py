@@ -10,7 +10,7 @@ Suffix: T, tables, in the order of the model's modules and their configs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,6 @@ KERNELS = tuple(k.value for k in EmbeddingComputeKernel)
 NO_CONSTRAINTS = ParameterConstraints()
 _LISTS = ("sharding_types", "compute_kernels", "pooling_factors", "num_poolings", "batch_sizes", "feature_names")
 _LISTS += ("ranks", "forbidden_ranks", "hosts", "forbidden_hosts")
-HOST_KERNELS = (EmbeddingComputeKernel.FUSED_UVM_CACHING.value, EmbeddingComputeKernel.FUSED_UVM.value)
 
 # Bytes that an optimizer keeps per weight and per row of a table; see the classes in recsys_edu.optim.
 _STATE = {
@@ -142,7 +141,7 @@ def read_workload(
             _check_form(name, constraint)
             if constraint.device_group not in (None, topology.compute_device):
                 continue
-            kernels = _allowed(name, constraint, allowed)
+            kernels = _allowed(name, constraint, allowed, topology.compute_device)
             ranks = _allowed_ranks(name, constraint, topology)
             own = tuple(features.get(name, ("feature",)))
             tables.append(Table(name, path, child, parameter, own, kernels, constraint, sharder, ranks))
@@ -204,6 +203,14 @@ def _check_together(tables: Sequence[Table]) -> None:
         if table.constraint.together is not None:
             groups.setdefault(table.constraint.together, []).append(table)
     for group, members in groups.items():
+        cut = [table for table in members if ShardingType.TABLE_WISE.value not in table.kernels]
+        if cut:
+            raise PlannerError(
+                f"table {cut[0].name!r}: constraint together={group!r} keeps it whole, table_wise on one rank, but its "
+                f"constraint sharding_types={cut[0].constraint.sharding_types} with compute_kernels="
+                f"{cut[0].constraint.compute_kernels} leaves only {', '.join(cut[0].kernels)}",
+                PlannerErrorType.STRICT_CONSTRAINTS,
+            )
         bound = [table for table in members if table.ranks is not None]
         if bound and not set.intersection(*(set(table.ranks or ()) for table in bound)):
             may = ", ".join(f"{table.name!r} only ranks {list(table.ranks or ())}" for table in bound)
@@ -214,12 +221,9 @@ def _check_together(tables: Sequence[Table]) -> None:
 
 
 def _allowed(
-    name: str, constraint: ParameterConstraints, sharder_allows: Mapping[str, tuple[str, ...]]
+    name: str, constraint: ParameterConstraints, sharder_allows: Mapping[str, tuple[str, ...]], device: str
 ) -> dict[str, tuple[str, ...]]:
-    """Sharding type to kernels: what the sharder offers, narrowed by the user.
-
-    Kernels that keep weights in host memory are not offered unasked, but a constraint may name them.
-    """
+    """Sharding type to kernels: what the sharder offers, narrowed by the user."""
     wanted_types, wanted_kernels = constraint.sharding_types, constraint.compute_kernels
     for kind, wanted, known in (("sharding type", wanted_types, TYPES), ("compute kernel", wanted_kernels, KERNELS)):
         wrong = sorted(set(wanted or ()) - set(known))
@@ -235,20 +239,41 @@ def _allowed(
             continue
         kernels = offered
         if wanted_kernels is not None:
-            on_host = () if sharding_type == ShardingType.DATA_PARALLEL.value else HOST_KERNELS
-            kernels = tuple(k for k in wanted_kernels if k in offered or k in on_host)
+            kernels = tuple(k for k in wanted_kernels if k in offered)
         if fused in kernels:
             kernels = tuple(k for k in kernels if k != dense)  # the same table, with its gradient kept besides
         if kernels:
             allowed[sharding_type] = kernels
     if not allowed:
+        offers: dict[tuple[str, ...], list[str]] = {}
+        for sharding_type, offered in sharder_allows.items():
+            offers.setdefault(tuple(offered), []).append(sharding_type)
+        offer = "; ".join(f"{', '.join(types)} with {' or '.join(kernels)}" for kernels, types in offers.items())
+        said = [
+            f"{field}={wanted}"
+            for field, wanted in (("sharding_types", wanted_types), ("compute_kernels", wanted_kernels))
+            if wanted is not None
+        ]
         raise PlannerError(
-            f"table {name!r}: nothing is left to choose from. The constraint allows sharding types "
-            f"{wanted_types or 'any'} with kernels {wanted_kernels or 'any'}; its sharder offers "
-            f"{ {t: list(k) for t, k in sharder_allows.items()} }",
+            f"table {name!r}: nothing is left to choose from. Its constraint says {' and '.join(said)}; its sharder "
+            f"offers, for {device}: {offer}",
             PlannerErrorType.STRICT_CONSTRAINTS,
         )
     return allowed
+
+
+def without_constraints(workload: Workload, device: str) -> tuple[Workload, list[Table]]:
+    """The workload without what constraints say of sharding types and kernels, and the tables that had such ones."""
+    bound = [
+        table
+        for table in workload.tables
+        if table.constraint.sharding_types is not None or table.constraint.compute_kernels is not None
+    ]
+    tables = tuple(
+        replace(table, kernels=_allowed(table.name, NO_CONSTRAINTS, _sharder_allows(table.sharder, device), device))
+        for table in workload.tables
+    )
+    return replace(workload, tables=tables), bound
 
 
 def _allowed_ranks(name: str, constraint: ParameterConstraints, topology: Topology) -> tuple[int, ...] | None:

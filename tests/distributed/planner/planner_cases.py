@@ -44,8 +44,11 @@ def plan_for(
     gib: float = 32,
     device: str = "cuda",
     constraints: dict[str, ParameterConstraints] | None = None,
+    host_gib: float = 0,
 ) -> PlannedSharding:
-    caps = {"hbm_cap": int(gib * GIB)} if device == "cuda" else {"ddr_cap": int(gib * GIB)}
+    """`gib` is what each rank computes from; on cuda `host_gib` is beside it."""
+    caps = {"hbm_cap": gib, "ddr_cap": host_gib} if device == "cuda" else {"ddr_cap": gib}
+    caps = {name: int(size * GIB) for name, size in caps.items()}
     topology = Topology(world_size, device, local_world_size=local_size, **caps)
     planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
     plan = planner.plan(model, get_default_sharders())

@@ -76,8 +76,8 @@ def test_trillion_parameters() -> None:
         check(plan, model, 128)
         giant = plan.explain("t0").choices[0]
         assert len(set(giant.ranks)) >= 16  # a terabyte needs many ranks, over several hosts
-        reasons = {a.sharding_type: a.reason for a in giant.alternatives}
-        assert "954 GiB" in reasons["table_wise"]
+        reasons = {(a.sharding_type, a.compute_kernel): a.reason for a in giant.alternatives}
+        assert "954 GiB" in reasons["table_wise", "fused"]
 
 
 def test_what_does_not_fit_says_what_would() -> None:
@@ -86,16 +86,20 @@ def test_what_does_not_fit_says_what_would() -> None:
         plan_for(model, 128, 8, gib=80)
     assert caught.value.error_type is PlannerErrorType.INSUFFICIENT_STORAGE
     lines = str(caught.value).splitlines()
-    assert any("ranks instead of 128" in line for line in lines) and any("float16" in line for line in lines)
-    enough = int(next(line for line in lines if "ranks instead of" in line).split()[1])
-    check(plan_for(model, enough, 8, gib=80), model, enough)  # and it is true
+    assert "  - 168 ranks (21 hosts of 8) instead of 128" in lines
+    assert any("t0" in line and "largest) in float16" in line for line in lines)
+    check(plan_for(model, 168, 8, gib=80), model, 168)  # and it is true
 
 
 def test_a_table_that_fits_nowhere_is_named_with_every_reason() -> None:
     constraints = {"t1": ParameterConstraints(sharding_types=["table_wise", "data_parallel"])}
     with pytest.raises(PlannerError, match=r"t1 \(100,000,000 x 64\)") as caught:
         plan_for(collection([(100, 64), (100_000_000, 64)]), 4, 2, gib=8, constraints=constraints)
-    assert "table_wise with fused: the whole table on one rank needs 23.8 GiB" in str(caught.value)
+    text = str(caught.value)
+    assert "table_wise with fused: the whole table on one rank needs 23.8 GiB" in text
+    assert text.count("not among the allowed sharding types") == 1  # one line for all that the constraint forbids
+    assert "column_wise, row_wise, table_row_wise, table_column_wise, grid_shard: not among" in text
+    assert "lifting constraints: t1 sharding_types=['table_wise', 'data_parallel']" in text
 
 
 def test_together_pinned_and_forbidden() -> None:
@@ -123,7 +127,7 @@ def test_constraints_on_types_kernels_and_widths() -> None:
         "t1": ParameterConstraints(compute_kernels=["dense"]),
         "t2": ParameterConstraints(compute_kernels=["fused_uvm_caching"], sharding_types=["table_wise"]),
     }
-    plan = plan_for(collection([(1000, 128)] * 3), 4, 2, constraints=constraints)
+    plan = plan_for(collection([(1000, 128)] * 3), 4, 2, constraints=constraints, host_gib=1)
     assert plan.plan[""]["t0"].sharding_type == "column_wise" and len(plan.plan[""]["t0"].ranks) == 4
     assert plan.plan[""]["t1"].compute_kernel == "dense"
     assert plan.plan[""]["t2"].compute_kernel == "fused_uvm_caching"
@@ -147,6 +151,18 @@ def test_constraints_on_types_kernels_and_widths() -> None:
                 "t1": ParameterConstraints(together="pair", ranks=[1]),
             },
             "'pair' have no rank in common: .*'t0' only ranks \\[0\\], 't1' only ranks \\[1\\]",
+        ),
+        (
+            {"t0": ParameterConstraints(together="pair"), "t1": ParameterConstraints(together="pair", hosts=[])},
+            "'t1': its constraints leave no rank: hosts=\\[\\]",
+        ),
+        (
+            {"t1": ParameterConstraints(together="pair", sharding_types=["row_wise"])},
+            "'t1': constraint together='pair' keeps it whole.*sharding_types=\\['row_wise'\\] .* leaves only row_wise",
+        ),
+        (
+            {"t0": ParameterConstraints(sharding_types=["data_parallel"], compute_kernels=["fused"])},
+            "sharding_types=\\['data_parallel'\\] and compute_kernels=\\['fused'\\]; .* data_parallel with dense",
         ),
         ({"t0": ParameterConstraints(sharding_types="row_wise")}, "sharding_types='row_wise': expected a list"),
         ({"t0": ParameterConstraints(ranks=3)}, "ranks=3: expected a list"),

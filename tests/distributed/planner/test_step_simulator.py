@@ -140,7 +140,7 @@ def test_measured_kernels_predict() -> None:
 
 def test_scaling_curves() -> None:
     model = collection([(10**6, 64)] * 64)
-    topology = Topology(8, "cuda", hbm_cap=GIB, local_world_size=8)
+    topology = Topology(8, "cuda", hbm_cap=GIB, ddr_cap=0, local_world_size=8)
     weak = scaling_curve(model, topology, (8, 32, 128), 512)
     assert weak[0].step_ms is None and "need" in weak[0].why_not  # 16 GB of tables and 8 GiB of memory
     assert [point.batch_size for point in weak] == [512] * 3
