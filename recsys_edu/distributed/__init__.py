@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recsys_edu.distributed.comm import get_local_rank, get_local_size
     from recsys_edu.distributed.model_parallel import DistributedModelParallel
+    from recsys_edu.distributed.train_pipeline import (
+        DataLoadingThread,
+        EvalPipelineSparseDist,
+        PrefetchTrainPipelineSparseDist,
+        TrainPipeline,
+        TrainPipelineBase,
+        TrainPipelineSparseDist,
+    )
     from recsys_edu.distributed.types import (
         Awaitable,
         ModuleSharder,
@@ -25,13 +33,19 @@ if TYPE_CHECKING:
 # Loaded on first use: the engine imports its own files by path and must not wait for all of them.
 _HOMES = {
     "Awaitable": "types",
+    "DataLoadingThread": "train_pipeline",
     "DistributedModelParallel": "model_parallel",
+    "EvalPipelineSparseDist": "train_pipeline",
     "ModuleSharder": "types",
     "NoWait": "types",
     "ParameterSharding": "types",
+    "PrefetchTrainPipelineSparseDist": "train_pipeline",
     "ShardedModule": "types",
     "ShardingEnv": "types",
     "ShardingPlanner": "types",
+    "TrainPipeline": "train_pipeline",
+    "TrainPipelineBase": "train_pipeline",
+    "TrainPipelineSparseDist": "train_pipeline",
     "get_local_rank": "comm",
     "get_local_size": "comm",
     "get_unsharded_module_names": "utils",
@@ -39,13 +53,19 @@ _HOMES = {
 
 __all__ = [
     "Awaitable",
+    "DataLoadingThread",
     "DistributedModelParallel",
+    "EvalPipelineSparseDist",
     "ModuleSharder",
     "NoWait",
     "ParameterSharding",
+    "PrefetchTrainPipelineSparseDist",
     "ShardedModule",
     "ShardingEnv",
     "ShardingPlanner",
+    "TrainPipeline",
+    "TrainPipelineBase",
+    "TrainPipelineSparseDist",
     "get_local_rank",
     "get_local_size",
     "get_unsharded_module_names",

@@ -147,6 +147,10 @@ class GroupExchange:
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
         self.world_size = dist.get_world_size(self.group) if self.group is not None else 1
 
+    def __deepcopy__(self, memo: dict[int, object]) -> GroupExchange:
+        """A copy of a model talks to the same ranks."""
+        return GroupExchange(self.group, self.timeout)
+
     def start(
         self, send: Tensor, send_W: Sequence[int], receive_W: Sequence[int], label: str, into: Tensor | None = None
     ) -> Transfer:

@@ -352,6 +352,9 @@ class ShardingEnv:
     def from_local(cls, world_size: int, rank: int) -> ShardingEnv:
         return cls(world_size, rank, None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardingEnv:
+        return self  # ranks and groups are what they are, and nothing changes them
+
     def __repr__(self) -> str:
         group = "no process group" if self.process_group is None else "a process group"
         return f"{type(self).__name__}(world_size={self.world_size}, rank={self.rank}, {group})"

@@ -223,6 +223,27 @@ def meta_dlrm(rank: int, world_size: int, group) -> dict:
     return {"losses": losses, "plan": str(dmp.plan), "dense": dense}
 
 
+def copy_and_train(rank: int, world_size: int, group) -> dict:
+    torch.manual_seed(0)
+    dmp = DistributedModelParallel(dlrm("adagrad"))
+    twin = copy.deepcopy(dmp)
+    before = portable(copy.deepcopy(dmp).state_dict())
+    losses = train(twin, [batch_of(step, rank) for step in range(2)], outer_optimizer(twin))
+    untouched = portable(dmp.state_dict())
+    again = train(dmp, [batch_of(step, rank) for step in range(2)], outer_optimizer(dmp))
+    return {"losses": losses, "again": again, "before": assemble([before]), "untouched": assemble([untouched])}
+
+
+@pytest.mark.ranks
+def test_a_copy_of_a_sharded_model_is_a_model_of_its_own(ranks) -> None:
+    for result in ranks.run(copy_and_train, 2):
+        assert result["losses"] == result["again"]
+        assert result["losses"][0] != result["losses"][1]
+        assert result["before"].keys() == result["untouched"].keys()
+        for name, value in result["before"].items():
+            assert torch.equal(value, result["untouched"][name]), name
+
+
 @pytest.mark.ranks
 def test_defaults_plan_and_initialise_a_meta_model(ranks) -> None:
     first, second = ranks.run(meta_dlrm, 2)
