@@ -11,7 +11,17 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from recsys_edu.distributed.planner.offload_proposer import EmbeddingOffloadScaleupProposer
 from recsys_edu.distributed.planner.types import Enumerator, Proposer, ShardingOption, Topology
+
+__all__ = [
+    "DynamicProgrammingProposer",
+    "EmbeddingOffloadScaleupProposer",
+    "GreedyProposer",
+    "GridSearchProposer",
+    "UniformProposer",
+    "proposers_to_proposals_list",
+]
 
 MAX_PROPOSALS = 10_000
 
