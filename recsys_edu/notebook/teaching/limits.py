@@ -137,6 +137,10 @@ def end_tree(process: subprocess.Popen) -> None:
             each.kill()
     process.kill()
     process.wait()
+    if descendants:
+        import psutil
+
+        psutil.wait_procs(descendants, timeout=10)  # a busy machine takes a moment to end what was killed
 
 
 def _watch(process: subprocess.Popen, limits: Limits, started: float) -> str:
