@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from recsys_edu.distributed.embedding_types import HOST_MEMORY_KERNELS
 from recsys_edu.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from recsys_edu.distributed.planner.constants import GIB
 from recsys_edu.distributed.planner.types import PlannerError
@@ -54,6 +55,7 @@ def tables_on_meta(shapes: Sequence[tuple[int, int]], data_type: str = "float32"
 def replan(
     gpus: int = 16,
     gib_per_gpu: int = 32,
+    host_gib_per_gpu: int = 0,
     link_gib_per_s: float = 12.5,
     batch_size: int = 512,
     dtype: str = "float32",
@@ -62,7 +64,7 @@ def replan(
 ) -> Any:
     """What the planner makes of it: a figure of every rank's time, or the refusal.
 
-    `link_gib_per_s` is the link between hosts of 8; inside one it stays at 600.
+    `link_gib_per_s` is the link between hosts of 8; inside one it stays at 600. `host_gib_per_gpu` is host memory.
     """
     from recsys_edu.viz.plan import times_figure
 
@@ -70,6 +72,7 @@ def replan(
         gpus,
         "cuda",
         hbm_cap=gib_per_gpu * GIB,
+        ddr_cap=host_gib_per_gpu * GIB,
         local_world_size=min(gpus, 8),
         inter_host_bw=link_gib_per_s * GIB / 1000,
     )
@@ -81,7 +84,10 @@ def replan(
     except PlannerError as error:
         return Refusal(str(error))
     figure = times_figure(plan)
-    types = plan.to_frame()["sharding_type"].value_counts().rows()
+    frame = plan.to_frame()
+    types = frame["sharding_type"].value_counts().rows()
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(types))
+    on_host = sum(kernel in HOST_MEMORY_KERNELS for kernel in frame["compute_kernel"].to_list())
+    counts += f"; {on_host} in host memory" if on_host else ""
     figure.update_layout(title={"text": f"<b>{plan.cost_ms:.3g} ms on the busiest rank</b><br><sub>{counts}</sub>"})
     return figure

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recsys_edu.distributed.planner.cost import COUNTED, PHASES
+from recsys_edu.distributed.planner.options import CACHED_KERNELS
 from recsys_edu.distributed.planner.placement import place_all
 from recsys_edu.distributed.planner.search import PRICES, SHARES, choose
 from recsys_edu.distributed.planner.utils import show_bytes
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 MOST_NAMED = 8  # tables that get a rectangle of their own; the others share one per sharding type
 MOST_NUMBERED = 16  # ranks up to which every cell of the heat map carries its number
+MOST_OUTLINED = 32  # ranks up to which bars have gaps and rectangles outlines: thinner ones would alias
+SHADES = (1.0, 0.7, 0.85, 0.55)  # tell tables of one sharding type apart
 PHASE_NAMES = {
     "fwd_compute": "lookup",
     "fwd_comms": "answers travel",
@@ -60,6 +63,8 @@ def plan_figure(plan: PlannedSharding) -> Figure:
     caps_W = np.maximum([(d.storage.hbm, d.storage.ddr)[kind] for d in plan.usable.devices], 1)
     phases_WP, cost = plan.phases_WP, plan.cost_ms
     lines = {f"{memory} in use": plan.used_bytes_W2[:, kind] / caps_W}
+    if kind == 0 and plan.used_bytes_W2[:, 1].any():
+        lines["host memory in use"] = plan.used_bytes_W2[:, 1] / [max(d.storage.ddr, 1) for d in plan.usable.devices]
     lines["time: all of it"] = phases_WP[:, COUNTED].sum(axis=1) / cost
     for p in COUNTED:
         if phases_WP[:, p].any():
@@ -103,33 +108,39 @@ def tables_figure(plan: PlannedSharding) -> Figure:
     for unit, tables in enumerate(problem.units):
         column, bytes_W = int(placement.choice_U[unit]), np.zeros(world)
         np.add.at(bytes_W, placement.ranks_U[unit], problem.bytes_UJ2[unit, column, kind])
-        sharding_type = grid.pairs[column][0]
+        sharding_type, kernel = grid.pairs[column]
         if unit in largest:
             name = " + ".join(grid.workload.tables[i].name for i in tables[:2]) + (" ..." if len(tables) > 2 else "")
+            name = f"cache of {name}" if kernel in CACHED_KERNELS else name
             named[f"{name}, {sharding_type}"] = (-float(bytes_W.sum()), sharding_type, bytes_W)
         else:
             others[sharding_type] = others.get(sharding_type, np.zeros(world)) + bytes_W
     figure = go.Figure()
+    shade = dict.fromkeys(TYPE_COLOURS, 0)
     for name, (_, sharding_type, bytes_W) in sorted(named.items(), key=lambda item: item[1][0]):
-        _stack(figure, name, TYPE_COLOURS[sharding_type], bytes_W, outlined=True)
+        _stack(figure, name, TYPE_COLOURS[sharding_type], bytes_W, SHADES[shade[sharding_type] % len(SHADES)])
+        shade[sharding_type] += 1
     for sharding_type, bytes_W in others.items():
         label = f"other tables, {sharding_type}" if named else sharding_type
-        _stack(figure, label, TYPE_COLOURS[sharding_type], bytes_W, outlined=False)
+        _stack(figure, label, TYPE_COLOURS[sharding_type], bytes_W)
     caps_W = [(d.storage.hbm, d.storage.ddr)[kind] for d in plan.usable.devices]
     fullest = plan.used_bytes_W2[:, kind].max()
     shown = max(caps_W) < 3 * fullest  # else the line would flatten everything below it
     note = f"{show_bytes(max(caps_W))} of {memory} per rank {'(dotted) ' if shown else ''}is left for tables"
+    if kind == 0 and plan.used_bytes_W2[:, 1].any():
+        note += f"; besides, up to {show_bytes(plan.used_bytes_W2[:, 1].max())} of host memory"
     styled(figure, f"What every rank holds<br>{note}", "rank", "GiB", height=460)
     ranks = np.arange(world)
     edges, levels = np.stack([ranks - 0.5, ranks + 0.5], axis=1).ravel(), np.repeat(caps_W, 2) / 2**30
     if shown:
         line = {"color": INK, "dash": "dot", "width": 1.5}
         figure.add_trace(go.Scatter(x=edges, y=levels, mode="lines", line=line, name="there", hoverinfo="skip"))
-    figure.update_layout(barmode="stack", bargap=0.05 if world > 32 else 0.15, legend={"traceorder": "reversed"})
+    bargap = 0 if world > MOST_OUTLINED else 0.15
+    figure.update_layout(barmode="stack", bargap=bargap, legend={"traceorder": "reversed"})
     return figure
 
 
-def _stack(figure: Figure, name: str, colour: str, bytes_W: np.ndarray, outlined: bool) -> None:
+def _stack(figure: Figure, name: str, colour: str, bytes_W: np.ndarray, shade: float = 1.0) -> None:
     import plotly.graph_objects as go
 
     figure.add_trace(
@@ -137,11 +148,20 @@ def _stack(figure: Figure, name: str, colour: str, bytes_W: np.ndarray, outlined
             x=list(range(len(bytes_W))),
             y=bytes_W / 2**30,
             name=name,
-            marker={"color": colour, "line": {"color": "#FFFFFF", "width": 0.8 if outlined else 0}},
+            marker={
+                "color": _shaded(colour, shade),
+                "line": {"color": "#FFFFFF", "width": 0.8 if len(bytes_W) <= MOST_OUTLINED else 0},
+            },
             customdata=[show_bytes(b) for b in bytes_W],
             hovertemplate=f"rank %{{x}}<br>{name}: %{{customdata}}<extra></extra>",
         )
     )
+
+
+def _shaded(colour: str, share: float) -> str:
+    """Of "#RRGGBB", so much with white."""
+    parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(255 - share * (255 - part)):02X}" for part in parts)
 
 
 def times_figure(plan: PlannedSharding) -> Figure:
@@ -167,7 +187,7 @@ def times_figure(plan: PlannedSharding) -> Figure:
         "takes at least in any plan"
     )
     styled(figure, f"How long every rank works<br>{note}", "rank", "ms per step", height=430)
-    figure.update_layout(barmode="stack", bargap=0.05 if len(phases_WP) > 32 else 0.15)
+    figure.update_layout(barmode="stack", bargap=0 if len(phases_WP) > MOST_OUTLINED else 0.15)
     return figure
 
 

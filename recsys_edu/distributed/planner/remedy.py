@@ -153,7 +153,7 @@ def _more_ranks(workload: Workload, topology: Topology) -> Iterator[Remedy]:
     enough, smallest = _first(lambda n: (workload, resized(topology, n * local)), start, MOST_HOSTS)
     if enough is not None:
         size = f" ({enough} hosts of {local})" if local > 1 else ""
-        yield Remedy(f"{enough * local} ranks{size} instead of {topology.world_size}", smallest)
+        yield Remedy(f"{enough * local} ranks instead of {topology.world_size}{size}", smallest)
 
 
 def _more_memory(workload: Workload, topology: Topology) -> Iterator[Remedy]:

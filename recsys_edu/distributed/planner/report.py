@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from recsys_edu.distributed.planner.cost import PHASES, Array
-from recsys_edu.distributed.planner.options import Place
+from recsys_edu.distributed.planner.options import Place, named_pairs
 from recsys_edu.distributed.planner.placement import Placement
 from recsys_edu.distributed.planner.search import Found
 from recsys_edu.distributed.planner.topology import Topology
 from recsys_edu.distributed.planner.types import PlannerError, PlannerErrorType
-from recsys_edu.distributed.planner.utils import show_bytes, to_frame
+from recsys_edu.distributed.planner.utils import show_bytes, show_ms, to_frame
 from recsys_edu.distributed.types import ShardingPlan
 
 
@@ -65,9 +65,23 @@ class Choice:
             f"{self.shard_columns} on {where}: {show_bytes(self.shard_bytes)} and {self.shard_ms:.3g} ms each"
         ]
         for alternative in self.alternatives:
-            mark = "runner-up" if alternative is self.runner_up else "against"
-            lines.append(f"  {mark} {alternative.sharding_type}, {alternative.compute_kernel}: {alternative.reason}")
-        return "\n".join(lines)
+            if alternative.cost_ms is not None:
+                mark = "runner-up" if alternative is self.runner_up else "against"
+                kernel = f"{alternative.sharding_type}, {alternative.compute_kernel}"
+                lines.append(f"  {mark} {kernel}: {alternative.reason}")
+        return "\n".join([*lines, *(f"  impossible {line}" for line in self.impossible)])
+
+    @property
+    def impossible(self) -> list[str]:
+        """The options that cannot be, one line for all with one reason."""
+        kernels: dict[str, list[str]] = {self.sharding_type: [self.compute_kernel]}
+        groups: dict[str, dict[str, list[str]]] = {}
+        for alternative in self.alternatives:
+            kernels.setdefault(alternative.sharding_type, []).append(alternative.compute_kernel)
+            if alternative.cost_ms is None:
+                same = groups.setdefault(alternative.reason, {})
+                same.setdefault(alternative.sharding_type, []).append(alternative.compute_kernel)
+        return [f"{named_pairs(found, kernels)}: {reason}" for reason, found in groups.items()]
 
 
 @dataclass(frozen=True)
@@ -196,9 +210,10 @@ class PlannedSharding(ShardingPlan):
             return Alternative(*grid.pairs[column], None, work, rejection)
         cost, own = without.cost_with(unit, column, ranks), self.cost_ms
         more = work - float(problem.work_UJ[unit, chosen])
-        over = f"{abs(more):.3g} ms {'more' if more >= 0 else 'less'} work over all ranks"
+        over = f"{show_ms(abs(more))} ms {'more' if more >= 0 else 'less'} work over all ranks"
         if cost > own * (1 + 1e-6):
-            reason = f"the busiest rank would take {cost:.4g} instead of {own:.4g} ms (+{cost - own:.3g}), {over}"
+            change = f"{cost:.4g} instead of {own:.4g} ms (+{show_ms(cost - own)})"
+            reason = f"the busiest rank would take {change}, {over}"
         elif cost < own * (1 - 1e-6):
             reason = f"the busiest rank would take {cost:.4g} instead of {own:.4g} ms; the search stopped before it"
         else:
@@ -211,7 +226,8 @@ class PlannedSharding(ShardingPlan):
             plan.what_if({"user": ("row_wise", range(4)), "item": ("table_wise", [2])})
 
         Args:
-            changes: by table name, the sharding type and one rank for each shard, column block after column block.
+            changes: by table name, the sharding type and one rank for each shard, column block after column block. The
+                kernel is the fastest of that type with which a shard fits into a rank.
 
         Raises:
             KeyError: no such table.
@@ -252,7 +268,7 @@ class PlannedSharding(ShardingPlan):
         of_type = [j for j, (kind, _) in enumerate(grid.pairs) if kind == sharding_type]
         possible = [j for j in of_type if problem.valid_UJ[unit, j]]
         if possible:
-            return possible[0]
+            return min(possible, key=lambda j: problem.work_UJ[unit, j])
         reasons = [grid.rejections.get((i, j), "") for i in problem.units[unit] for j in of_type]
         raise PlannerError(
             f"table {name!r} cannot be {sharding_type}: {next(filter(None, reasons), 'it is not among the options')}",

@@ -26,6 +26,7 @@ __all__ = [
     "reset_shard_rank",
     "sharder_name",
     "show_bytes",
+    "show_ms",
     "to_frame",
 ]
 
@@ -62,6 +63,17 @@ def show_bytes(num_bytes: float) -> str:
                 f"{num_bytes / size:.3g} {unit}" if abs(num_bytes) < 1000 * size else f"{num_bytes / size:,.0f} {unit}"
             )
     return f"{num_bytes:.0f} bytes"
+
+
+def show_ms(ms: float) -> str:
+    """Milliseconds for people: three digits, and no exponent where there is something to see.
+
+    >>> show_ms(14968.2), show_ms(139.04), show_ms(0.93222), show_ms(0.0000512)
+    ('14,968', '139', '0.932', '0.000051')
+    """
+    if 1e-6 <= abs(ms) < 1e-3:
+        return f"{ms:.6f}"
+    return f"{ms:,.0f}" if abs(ms) >= 1000 else f"{ms:.3g}"
 
 
 def to_frame(rows: list[dict[str, Any]]) -> Any:

@@ -86,7 +86,7 @@ def test_what_does_not_fit_says_what_would() -> None:
         plan_for(model, 128, 8, gib=80)
     assert caught.value.error_type is PlannerErrorType.INSUFFICIENT_STORAGE
     lines = str(caught.value).splitlines()
-    assert "  - 168 ranks (21 hosts of 8) instead of 128" in lines
+    assert "  - 168 ranks instead of 128 (21 hosts of 8)" in lines
     assert any("t0" in line and "largest) in float16" in line for line in lines)
     check(plan_for(model, 168, 8, gib=80), model, 168)  # and it is true
 
