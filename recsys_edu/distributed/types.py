@@ -251,8 +251,8 @@ class EmbeddingModuleShardingPlan(ModuleShardingPlan, dict[str, ParameterShardin
     def __str__(self) -> str:
         summary = [[name, p.sharding_type, p.compute_kernel, str(p.ranks)] for name, p in self.items()]
         pieces = [[name, *cells] for name, p in self.items() for cells in _shard_cells(p)]
-        summary_text = _text_table(["param", "sharding type", "compute kernel", "ranks"], summary)
-        return f"{summary_text}\n\n{_text_table(['param', 'shard offsets', 'shard sizes', 'placement'], pieces)}"
+        summary_text = text_table(["param", "sharding type", "compute kernel", "ranks"], summary)
+        return f"{summary_text}\n\n{text_table(['param', 'shard offsets', 'shard sizes', 'placement'], pieces)}"
 
     def _repr_html_(self) -> str:
         heads = ["table", "sharding type", "compute kernel", "rows", "columns", "placement"]
@@ -276,7 +276,14 @@ def _shard_cells(sharding: ParameterSharding) -> list[list[str]]:
     return [[str(s.shard_offsets), str(s.shard_sizes), str(s.placement)] for s in shards]
 
 
-def _text_table(heads: list[str], rows: list[list[str]]) -> str:
+def text_table(heads: list[str], rows: list[list[str]]) -> str:
+    """Rows under their heads, columns aligned.
+
+    >>> print(text_table(["table", "rows"], [["user", "10"]]))
+    table | rows
+    ----- | ----
+    user  | 10
+    """
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     lines = [heads, ["-" * width for width in widths], *rows]
     return "\n".join(" | ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)

@@ -25,12 +25,15 @@ from torchrec.distributed.planner import storage_reservations as their_reservati
 from torchrec.distributed.planner import utils as their_utils
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator as TheirEnumerator
 from torchrec.distributed.planner.perf_models import NoopPerfModel as TheirPerfModel
+from torchrec.distributed.planner.proposers import EmbeddingOffloadScaleupProposer as TheirScaleup
 from torchrec.distributed.types import PipelineType as TheirPipelineType
 from torchrec.types import DataType as TheirDataType
 
 from recsys_edu.distributed.planner import EmbeddingShardingPlanner, constants, shard_estimators, utils
 from recsys_edu.distributed.planner.enumerators import EmbeddingEnumerator
+from recsys_edu.distributed.planner.proposers import EmbeddingOffloadScaleupProposer as OurScaleup
 from recsys_edu.distributed.planner.storage_reservations import (
+    FixedAbsoluteStorageReservation,
     FixedPercentageStorageReservation,
     HeuristicalStorageReservation,
     InferenceStorageReservation,
@@ -186,6 +189,8 @@ def test_reservations() -> None:
         (FixedPercentageStorageReservation(0.3), their_reservations.FixedPercentageStorageReservation(0.3), "cuda"),
         (HeuristicalStorageReservation(0.15), their_reservations.HeuristicalStorageReservation(0.15), "cuda"),
         (HeuristicalStorageReservation(0.15), their_reservations.HeuristicalStorageReservation(0.15), "cpu"),
+        (FixedAbsoluteStorageReservation(2**30), their_reservations.FixedAbsoluteStorageReservation(2**30), "cuda"),
+        (FixedAbsoluteStorageReservation(2**30), their_reservations.FixedAbsoluteStorageReservation(2**30), "cpu"),
         (InferenceStorageReservation(0.2), their_reservations.InferenceStorageReservation(0.2), "cuda"),
     ):
         left = mine.reserve(Topology(2, device), 512, ours, get_default_sharders()).devices[0].storage
@@ -267,3 +272,40 @@ def test_our_plan_is_as_good_by_torchrecs_own_estimate(seed: int, count: int, wo
     our_cost = TheirPerfModel(topology).rate(as_their_options(plan, theirs, topology, 512))
     assert our_cost == pytest.approx(plan.cost_ms, rel=1e-6)
     assert our_cost <= their_cost * 1.01
+
+
+@pytest.mark.parametrize("seed", [2, 9, 11, 13, 17, 27, 33])
+def test_our_plan_is_as_good_where_tables_have_to_leave_device_memory(seed: int) -> None:
+    rng = random.Random(seed)
+    count = rng.choice([4, 8, 12, 16])
+    world, local = rng.choice([(2, 2), (4, 2), (8, 4), (8, 8)])
+    shapes = [(int(10 ** rng.uniform(5, 8)), rng.choice([32, 64, 128, 256]), 1) for _ in range(count)]
+    if seed % 2 == 0:  # tables alike
+        shapes = [(10**7, rng.choice([64, 128]), 1)] * count
+    total = sum(4 * rows * columns for rows, columns, _ in shapes)
+    caps = {"hbm_cap": int(total / world * rng.choice([0.4, 0.7, 1.0])), "ddr_cap": 2 * total // world}
+    ours, theirs = both_models(shapes, True, False, "FP32")
+    topology = their_types.Topology(world_size=world, local_world_size=local, compute_device="cuda", **caps)
+    planner = TheirPlanner(topology=topology, batch_size=512, debug=False)
+    planner.plan(theirs, [TheirSharder()])
+    assert any("uvm" in option.compute_kernel for option in planner._best_plan)
+    mine = EmbeddingShardingPlanner(topology=Topology(world, "cuda", local_world_size=local, **caps), batch_size=512)
+    plan = mine.plan(ours, get_default_sharders())
+    our_cost = TheirPerfModel(topology).rate(as_their_options(plan, theirs, topology, 512))
+    assert our_cost == pytest.approx(plan.cost_ms, rel=1e-6)
+    assert our_cost <= TheirPerfModel(topology).rate(planner._best_plan) * 1.01
+
+
+def test_a_budget_for_caches_is_shared_alike() -> None:
+    model = torch.tensor([[100.0, 10.0], [1000.0, 20.0], [500.0, 30.0]], dtype=torch.float64)
+    factors = torch.full((3,), 0.1, dtype=torch.float64)
+    for ceiling, priority, budget in itertools.product(
+        ([110.0, 1020.0, 530.0], [60.0, 1020.0, 530.0], [1000.0, 2000.0, 3000.0]),
+        ([1.0, 2.0, 1.0], [0.5, 0.5, 0.5], [3.0, 1.0, 2.0]),
+        (0, 50, 100, 500, 1000, 1490, 3000),
+    ):
+        price, weight = (torch.tensor(values, dtype=torch.float64) for values in (ceiling, priority))
+        mine = OurScaleup.allocate_budget(model, price, factors, budget, weight)
+        wanted = TheirScaleup.allocate_budget(model, price, factors.clone(), budget, weight)
+        assert mine.tolist() == pytest.approx(wanted.tolist())
+        assert OurScaleup.clf_to_bytes(model, factors).tolist() == TheirScaleup.clf_to_bytes(model, factors).tolist()

@@ -35,6 +35,7 @@ from recsys_edu.distributed.planner.types import (
     Storage,
     Topology,
 )
+from recsys_edu.distributed.planner.utils import get_num_poolings
 from recsys_edu.distributed.planner.workload import OUTPUT_BYTES, optimizer_state_bytes, weight_bytes
 from recsys_edu.distributed.types import KeyValueParams, PipelineType
 
@@ -132,7 +133,7 @@ def _option_numbers(
 ) -> dict[str, float]:
     kind = KINDS[option.sharding_type]
     lengths = option.input_lengths
-    poolings = option.num_poolings or [c.NUM_POOLINGS] * len(lengths)
+    poolings = option.num_poolings or get_num_poolings(None, option)
     batches = [option.batch_size] * len(lengths)
     if constraint is not None and constraint.batch_sizes:
         batches = constraint.batch_sizes

@@ -21,7 +21,7 @@ from recsys_edu.distributed.planner.types import (
     Topology,
 )
 from recsys_edu.distributed.planner.utils import show_bytes
-from recsys_edu.distributed.types import ModuleSharder, ShardingPlan
+from recsys_edu.distributed.types import ModuleSharder, ShardingPlan, text_table
 
 logger = logging.getLogger(__name__)
 
@@ -104,23 +104,24 @@ def plan_lines(
             mine["ddr"] += shard.storage.ddr  # type: ignore[union-attr]
             mine["ms"] += shard.perf.total  # type: ignore[union-attr]
             mine["shards"] += 1
-    lines = [
-        f"{num_proposals} proposals, {num_plans} of them placed, in {run_time:.2f} s",
-        "rank  shards  ms  HBM  DDR",
+    ranks = [
+        [
+            str(device.rank),
+            str(mine["shards"]),
+            f"{mine['ms']:.4g}",
+            f"{show_bytes(mine['hbm'])} of {show_bytes(device.storage.hbm)}",
+            f"{show_bytes(mine['ddr'])} of {show_bytes(device.storage.ddr)}",
+        ]
+        for device, mine in zip(topology.devices, used)
     ]
-    for device, mine in zip(topology.devices, used):
-        lines.append(
-            f"{device.rank:4d}  {mine['shards']:6d}  {mine['ms']:.4g}  "
-            f"{show_bytes(mine['hbm'])} of {show_bytes(device.storage.hbm)}  "
-            f"{show_bytes(mine['ddr'])} of {show_bytes(device.storage.ddr)}"
-        )
     times = [mine["ms"] for mine in used]
     mean = sum(times) / len(times)
-    lines.append(f"busiest over mean: {max(times) / mean if mean else 1.0:.3f}")
+    lines = [
+        f"{num_proposals} proposals, {num_plans} of them placed, in {run_time:.2f} s",
+        *text_table(["rank", "shards", "ms", "HBM", "host memory"], ranks).splitlines(),
+        f"busiest over mean: {max(times) / mean if mean else 1.0:.3f}",
+    ]
     if per_table:
-        lines += [
-            f"{option.fqn}: {option.sharding_type}, {option.compute_kernel}, {option.num_shards} shards, "
-            f"{option.total_perf:.4g} ms in all"
-            for option in options
-        ]
+        tables = [[o.fqn, o.sharding_type, o.compute_kernel, str(o.num_shards), f"{o.total_perf:.4g}"] for o in options]
+        lines += text_table(["table", "sharding type", "kernel", "shards", "ms in all"], tables).splitlines()
     return lines

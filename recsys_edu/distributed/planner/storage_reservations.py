@@ -18,7 +18,7 @@ from recsys_edu.distributed.planner.types import (
     StorageReservation,
     Topology,
 )
-from recsys_edu.distributed.planner.utils import show_bytes
+from recsys_edu.distributed.planner.utils import gb_to_bytes, show_bytes
 from recsys_edu.distributed.planner.workload import read_workload
 from recsys_edu.distributed.types import ModuleSharder
 
@@ -46,6 +46,35 @@ class FixedPercentageStorageReservation(StorageReservation):
         constraints: dict[str, ParameterConstraints] | None = None,
     ) -> Topology:
         self._last = _without(topology, self._percentage, 0)
+        return self._last
+
+
+class FixedAbsoluteStorageReservation(StorageReservation):
+    """Keeps back so many bytes of every rank's device memory.
+
+    Raises:
+        ValueError: fewer than none. When it reserves, PlannerError: a rank has less than that.
+    """
+
+    def __init__(self, hbm_reserved_bytes: int) -> None:
+        if hbm_reserved_bytes < 0:
+            raise ValueError(f"hbm_reserved_bytes {hbm_reserved_bytes}: expected at least 0")
+        self._bytes = hbm_reserved_bytes
+        self._last: Topology | None = None
+
+    @property
+    def last_reserved_topology(self) -> Topology | None:
+        return self._last
+
+    def reserve(
+        self,
+        topology: Topology,
+        batch_size: int,
+        module: nn.Module,
+        sharders: list[ModuleSharder[Any]],
+        constraints: dict[str, ParameterConstraints] | None = None,
+    ) -> Topology:
+        self._last = _without(topology, 0.0, self._bytes if topology.compute_device == "cuda" else 0)
         return self._last
 
 

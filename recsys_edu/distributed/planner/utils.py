@@ -10,10 +10,11 @@ import random
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from recsys_edu.distributed.planner.constants import NUM_POOLINGS
 from recsys_edu.distributed.sharding_plan import placement
 
 if TYPE_CHECKING:
-    from recsys_edu.distributed.planner.types import ShardingOption
+    from recsys_edu.distributed.planner.types import ParameterConstraints, ShardingOption
 
 __all__ = [
     "BinarySearchPredicate",
@@ -21,6 +22,8 @@ __all__ = [
     "bytes_to_gb",
     "bytes_to_mb",
     "gb_to_bytes",
+    "get_num_poolings",
+    "mb_to_bytes",
     "placement",
     "prod",
     "reset_shard_rank",
@@ -44,6 +47,17 @@ def bytes_to_gb(num_bytes: int) -> float:
 def bytes_to_mb(num_bytes: float) -> float:
     """MiB."""
     return num_bytes / 1024**2
+
+
+def mb_to_bytes(mb: float) -> int:
+    """Bytes of so many MiB, rounded down."""
+    return int(mb * 1024**2)
+
+
+def get_num_poolings(constraints: dict[str, ParameterConstraints] | None, so: ShardingOption) -> list[float]:
+    """Pooled lookups per example of each of the option's features: the constraint's, else one each."""
+    given = constraints[so.name].num_poolings if constraints and so.name in constraints else None
+    return [NUM_POOLINGS] * so.num_inputs if given is None else given
 
 
 def gb_to_bytes(gb: float) -> int:
