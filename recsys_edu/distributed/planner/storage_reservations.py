@@ -62,6 +62,16 @@ class FixedAbsoluteStorageReservation(StorageReservation):
         self._bytes = hbm_reserved_bytes
         self._last: Topology | None = None
 
+    @classmethod
+    def from_gb(cls, hbm_reserved_gb: float) -> FixedAbsoluteStorageReservation:
+        """So many GiB.
+
+        >>> reservation = FixedAbsoluteStorageReservation.from_gb(1.5)
+        >>> reservation.reserve(Topology(1, "cuda"), 1, nn.ReLU(), []).devices[0].storage.hbm
+        32749125632
+        """
+        return cls(gb_to_bytes(hbm_reserved_gb))
+
     @property
     def last_reserved_topology(self) -> Topology | None:
         return self._last
