@@ -237,8 +237,12 @@ class LocalExchange:
         for destination, piece in enumerate(send.detach().split(list(send_W))):
             self.world.mailboxes[number, self.rank, destination] = piece
         received = send.new_empty(sum(receive_W)) if into is None else into
+        finished = False
 
         def finish() -> None:
+            nonlocal finished
+            if finished:  # as with a process group, waiting once more is harmless
+                return
             for source, place in enumerate(received.detach().split(list(receive_W))):
                 piece = self.world.mailboxes.pop((number, source, self.rank), None)
                 if piece is None:
@@ -247,6 +251,7 @@ class LocalExchange:
                         "it has not started: run each phase on every rank before the next phase"
                     )
                 place.copy_(piece)
+            finished = True
 
         return Transfer(received, finish)
 

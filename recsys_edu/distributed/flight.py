@@ -93,13 +93,22 @@ class Flight:
     places: Places | None = None
     answered_W: list[list[Block]] = field(default_factory=list)
     """Sequences only: where returned rows go, and the blocks of rows that each rank gets from this one."""
+    landed: bool = False
+    """The answer has been taken."""
 
     @property
     def batch_size(self) -> int:
         return self.wire.batch_size
 
     def land(self) -> tuple[Tensor, ...]:
-        """The returned buffers, for the last phase; the flight, which autograd holds, lets go of their tensors."""
+        """The returned buffers, for the last phase; the flight, which autograd holds, lets go of their tensors.
+
+        Raises:
+            RuntimeError: the flight has landed before.
+        """
+        if self.landed:
+            raise RuntimeError("this flight has landed, its answer was taken before: start_input(batch) begins another")
+        self.landed = True
         returned, self.returned, self.results, self.kept, self.weights = self.returned, (), [], [], None
         return returned
 

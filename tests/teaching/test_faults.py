@@ -217,3 +217,31 @@ def test_an_answer_that_raises_names_its_line_and_one_that_does_not_fit_says_so(
         check("13.1", lambda num_columns, num_blocks: 7)
     with pytest.raises(CheckFailed, match="does not fit the task: TypeError: 'int' object is not callable"):
         check("01.1", 7)
+
+
+# ------------------------------------------------------------ cells run twice
+
+
+def test_phases_run_twice_do_no_harm_and_an_answer_taken_twice_is_refused_in_words():
+    import torch
+
+    from recsys_edu.distributed.sharding_plan import construct_module_sharding_plan, table_wise
+    from recsys_edu.distributed.simulation import simulate
+    from recsys_edu.modules.embedding_configs import EmbeddingBagConfig
+    from recsys_edu.modules.embedding_modules import EmbeddingBagCollection
+    from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor
+
+    table = EmbeddingBagConfig(name="user", num_embeddings=6, embedding_dim=8, feature_names=["user"])
+    collection = EmbeddingBagCollection(tables=[table])
+    placed = {"user": table_wise(rank=1)}
+    plan = construct_module_sharding_plan(collection, placed, world_size=2, local_size=2, device_type="cpu")
+    modules = simulate(collection, plan, world_size=2)
+    batch = KeyedJaggedTensor.from_lengths_sync(["user"], torch.tensor([1, 2, 5]), torch.tensor([2, 1]))
+    flights = [module.start_input(batch) for module in modules]
+    for phase in ("exchange_input", "exchange_input", "lookup", "lookup"):
+        for module, flight in zip(modules, flights):
+            getattr(module, phase)(flight)
+    for module, flight in zip(modules, flights):
+        assert torch.allclose(module(flight).values(), collection(batch).values())
+    with pytest.raises(RuntimeError, match="has landed"):
+        modules[0](flights[0]).values()

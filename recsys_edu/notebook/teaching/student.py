@@ -21,7 +21,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 FOLDER_IN_ZIP = "recsys_edu-course"
-WHOLE_FILES = ("LICENSE", "GLOSSARY.md", "Makefile", "pyproject.toml", "environment.yml", "data/README.md")
+WHOLE_FILES = (
+    "LICENSE",
+    "GLOSSARY.md",
+    "CONTRIBUTING.md",
+    "Makefile",
+    "pyproject.toml",
+    "environment.yml",
+    "data/README.md",
+)
 SCRIPTS = ("scripts/setup_env.py",)
 PACKAGE = ("*.py", "py.typed")
 SOLUTION_LINE = re.compile(r"^.*notebooks/solutions/.*$\n?", re.MULTILINE)
