@@ -38,9 +38,13 @@ class Feed:
         return bool(self.queue) and isinstance(self.queue[-1][1].absent, StopIteration)
 
     def fill(self, iterator: Iterator[Any], count: int) -> None:
-        """Draw until the queue holds `count`, or the end. A new iterator follows what is left of the one before."""
+        """Draw until the queue holds `count`; behind the end comes the end again.
+
+        So the queue is as long on a rank that has no more batches as on one that has, and both start as many flights.
+        A new iterator follows what is left of the one before.
+        """
         self._switch_to(iterator)
-        while len(self.queue) < count and not self.ends:
+        while len(self.queue) < count:
             self.queue.append(self.draw(iterator))
 
     def draw(self, iterator: Iterator[Any]) -> tuple[Any, TrainPipelineContext]:
@@ -69,7 +73,7 @@ class Feed:
         if iterator is self._iterator:
             return
         self._iterator, self._has_ended = iterator, False
-        if self.ends:
+        while self.ends:
             self.queue.pop()
 
     def clear(self) -> None:

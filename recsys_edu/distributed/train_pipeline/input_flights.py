@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from recsys_edu.distributed.exchange import gather_objects
@@ -32,7 +33,7 @@ from recsys_edu.distributed.model_parallel import get_unwrapped_module
 from recsys_edu.distributed.spans import span
 from recsys_edu.distributed.train_pipeline.pipeline_context import TrainPipelineContext
 from recsys_edu.distributed.train_pipeline.utils import new_stream, on_stream, record_stream
-from recsys_edu.distributed.types import ShardedModule
+from recsys_edu.distributed.types import ShardedModule, ShardingEnv2D
 from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor
 
 Path = tuple[tuple[str, Any], ...]
@@ -65,6 +66,7 @@ class InputFlights:
             module.register_forward_pre_hook(self._hook_of(path), with_kwargs=True)
             for path, module in self.modules.items()
         ]
+        self._everyone = _group_of_all_copies(model)
         self._arrivals: list[tuple[str, Path | None]] | None = None
         self._places: dict[int, Path] = {}
         self._ready: dict[tuple[str, int], deque[Flight]] = {}
@@ -116,12 +118,32 @@ class InputFlights:
                 stacklevel=6,
             )
 
-    def agree_on_first(self, context: TrainPipelineContext) -> None:
-        """Before the first batch, when no flight can carry the news yet: does every rank have one?"""
+    def agree(self, context: TrainPipelineContext) -> None:
+        """Where no flight carries the news (the first batch, and models that cannot be pipelined): who has a batch?"""
         module = next(iter(self.modules.values()), None)
         if module is not None and self.world_size > 1:
             mine = 0 if context.absent is None else _reason(context.absent)
             self._resolve(context, module, gather_objects(mine, _group_of(module)))
+        self._agree_with_copies(context)
+
+    def _agree_with_copies(self, context: TrainPipelineContext) -> None:
+        """Under 2D parallelism a flight's news reach one group of ranks; the dense layers need the same verdict in all.
+
+        Costs a small exchange per batch, which a model in one group does not have.
+        """
+        if self._everyone is None:
+            return
+        failure = context.failure
+        told = None if failure is None else context.news or str(failure)
+        found = gather_objects((told, context.ended_everywhere), self._everyone)
+        news = next((text for text, _ in found if text is not None), None)
+        if news is None and any(ended for _, ended in found):
+            short = [rank for rank, (_, ended) in enumerate(found) if ended]
+            news = _uneven([ENDED if rank in short else 0 for rank in range(len(found))], context.index)
+            news = None if len(short) == len(found) else news
+        if news is not None and failure is None:
+            context.failure = RuntimeError(f"no rank trained on batch {context.index}, because of {news}")
+            context.ended_everywhere = False
 
     # ------------------------------------------------------------ starting
 
@@ -160,9 +182,10 @@ class InputFlights:
                     context.input_dist_tensors_requests[name] = flight
                 except NoBatch as news:
                     self._resolve(context, self.modules[path], news.reason_W)
-                except IndexError as error:
+                except (IndexError, ValueError) as error:  # bad ids or lengths on some rank, told to all
                     context.failure = context.failure or error
             self._note_event(context)
+        self._agree_with_copies(context)
 
     def _resolve(self, context: TrainPipelineContext, module: Any, reason_W: list[int]) -> None:
         """Make one verdict of what all ranks said; the same on each of them."""
@@ -176,8 +199,10 @@ class InputFlights:
             return
         mine = context.absent
         telling = None if mine is None or isinstance(mine, StopIteration) else f"{type(mine).__name__}: {mine}"
-        told_W = gather_objects(telling, _group_of(module))
-        news = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(told_W) if text is not None)
+        me = dist.get_rank() if dist.is_initialized() else 0
+        told_W = gather_objects((me, telling), _group_of(module))
+        news = "; ".join(f"rank {rank}: {text}" for rank, text in told_W if text is not None)
+        context.news = news
         if telling is None:
             context.failure = RuntimeError(f"no rank trained on batch {context.index}, because of {news}")
         else:
@@ -285,6 +310,12 @@ def _reason(absent: Exception) -> int:
 
 def _group_of(module: Any) -> Any:
     return getattr(module.shards.exchange, "group", None)
+
+
+def _group_of_all_copies(model: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks that train together where the sharded modules' groups are smaller: under a DMPCollection."""
+    envs = [getattr(module, "_env", None) for module in model.modules()]
+    return next((env.global_pg for env in envs if isinstance(env, ShardingEnv2D)), None)
 
 
 def _uneven(reason_W: list[int], index: int | None) -> str:

@@ -46,6 +46,8 @@ class TrainPipelineContext:
     """Why this rank has no such batch: StopIteration, or what the iterator raised."""
     failure: Exception | None = None
     """Why no rank can train on this batch; raised when its turn comes, so that the batches before it train."""
+    news: str | None = None
+    """Which rank had no batch and why, where there is a failure of that kind."""
     started: bool = False
     ended_everywhere: bool = False
     """The iterators of all ranks end here."""

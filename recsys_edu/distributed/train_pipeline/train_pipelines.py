@@ -148,8 +148,8 @@ class TrainPipelineSparseDist(TrainPipeline[In, Out]):
         """What to raise in place of computing the first batch; it is known to all ranks, and the batch is dropped."""
         batch, context = self._feed.queue[0]
         if not context.ended_everywhere:
-            if self._flights.routes is None:
-                self._flights.agree_on_first(context)
+            if not self._flights.routes:
+                self._flights.agree(context)
             elif context.failure is None:
                 self.start_sparse_data_dist(batch, context)
                 self.wait_sparse_data_dist(context)
