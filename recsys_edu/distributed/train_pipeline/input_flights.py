@@ -139,10 +139,10 @@ class InputFlights:
         news = next((text for text, _ in found if text is not None), None)
         if news is None and any(ended for _, ended in found):
             short = [rank for rank, (_, ended) in enumerate(found) if ended]
-            news = _uneven([ENDED if rank in short else 0 for rank in range(len(found))], context.index)
+            news = _uneven({rank: ENDED if rank in short else 0 for rank in range(len(found))}, context.index)
             news = None if len(short) == len(found) else news
         if news is not None and failure is None:
-            context.failure = RuntimeError(f"no rank trained on batch {context.index}, because of {news}")
+            context.failure = RuntimeError(f"no rank trained on batch {context.index}: {news}")
             context.ended_everywhere = False
 
     # ------------------------------------------------------------ starting
@@ -195,7 +195,9 @@ class InputFlights:
             context.ended_everywhere = True
             return
         if FAILED not in reason_W:
-            context.failure = RuntimeError(_uneven(reason_W, context.index))
+            group = _group_of(module)
+            ranks = range(len(reason_W)) if group is None else dist.get_process_group_ranks(group)
+            context.failure = RuntimeError(_uneven(dict(zip(ranks, reason_W)), context.index))
             return
         mine = context.absent
         telling = None if mine is None or isinstance(mine, StopIteration) else f"{type(mine).__name__}: {mine}"
@@ -204,7 +206,7 @@ class InputFlights:
         news = "; ".join(f"rank {rank}: {text}" for rank, text in told_W if text is not None)
         context.news = news
         if telling is None:
-            context.failure = RuntimeError(f"no rank trained on batch {context.index}, because of {news}")
+            context.failure = RuntimeError(f"no rank trained on batch {context.index}: {news}")
         else:
             mine.add_note(f"batch {context.index}, which no rank trained on. {news}")
             context.failure = mine
@@ -318,13 +320,13 @@ def _group_of_all_copies(model: nn.Module) -> dist.ProcessGroup | None:
     return next((env.global_pg for env in envs if isinstance(env, ShardingEnv2D)), None)
 
 
-def _uneven(reason_W: list[int], index: int | None) -> str:
-    ended = [rank for rank, reason in enumerate(reason_W) if reason == ENDED]
-    others = [rank for rank, reason in enumerate(reason_W) if reason != ENDED]
+def _uneven(reasons: Mapping[int, int], index: int | None) -> str:
+    ended = [rank for rank, reason in reasons.items() if reason == ENDED]
+    others = [rank for rank, reason in reasons.items() if reason != ENDED]
     if ended:
         return (
             f"ranks {ended} have no batch {index}, ranks {others} have one. All ranks need the same number of batches: "
             "drop the last ones, or repeat some (every earlier batch was trained on)"
         )
-    missing = [rank for rank, reason in enumerate(reason_W) if reason == NOT_THERE]
+    missing = [rank for rank, reason in reasons.items() if reason == NOT_THERE]
     return f"batch {index} lacks a KeyedJaggedTensor on ranks {missing} that it has on the others"

@@ -235,6 +235,20 @@ def test_a_loader_that_fails_in_one_group_stops_the_batch_in_all(ranks, kind: ty
         assert found[2].count("rank 3: OSError: the disk is gone") == 1
 
 
+def copies_end(rank: int, world_size: int, group, kind: type, counts: list[int]) -> list[str]:
+    model, optimizer = copies(rank, world_size, group)
+    return outcomes(kind(model, optimizer, CPU), make_batches(rank, counts[rank], last=4))
+
+
+@pytest.mark.parametrize("kind", AHEAD)
+@pytest.mark.parametrize("counts", [[3, 2, 3, 2], [3, 3, 3, 2]])
+def test_a_group_or_a_rank_with_fewer_batches_is_named(ranks, kind: type, counts: list[int]) -> None:
+    short = [rank for rank, count in enumerate(counts) if count == 2]
+    for found in ranks.run(copies_end, 4, kind, counts):
+        assert found[:2] == ["step", "step"] and "have no batch" in found[2] and len(found) == 3
+        assert f"ranks {short} have no batch" in found[2]
+
+
 # ---------------------------------------------------------------- faults
 
 
