@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import io
+import os
+import subprocess
 import sys
 import zipfile
 from contextlib import suppress
@@ -245,3 +247,24 @@ def test_phases_run_twice_do_no_harm_and_an_answer_taken_twice_is_refused_in_wor
         assert torch.allclose(module(flight).values(), collection(batch).values())
     with pytest.raises(RuntimeError, match="has landed"):
         modules[0](flights[0]).values()
+
+
+# ------------------------------------------------------------ no FBGEMM
+
+
+@pytest.mark.parametrize(("system", "warns"), [("darwin", False), ("win32", False), ("linux", True)])
+def test_who_can_install_fbgemm_is_told_and_nobody_else(system, warns):
+    code = (
+        "import importlib.metadata, sys, warnings, torch\n"
+        "def version(name): raise importlib.metadata.PackageNotFoundError(name)\n"
+        f"importlib.metadata.version, sys.platform, sys.modules['fbgemm_gpu'] = version, {system!r}, None\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    from recsys_edu.kernels.backend import fbgemm_status\n"
+        "print(fbgemm_status().reason, [str(each.message) for each in seen if 'FBGEMM' in str(each.message)])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RECSYS_EDU_BACKEND"}
+    environment["PYTHONPATH"] = str(ROOT)
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.stdout.startswith("FBGEMM is not installed "), ran.stderr
+    assert ("Run: recsys_edu doctor" in ran.stdout) == warns
