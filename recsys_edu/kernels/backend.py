@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -67,7 +68,9 @@ def fbgemm_status() -> BackendStatus:
         reason = "FBGEMM is not installed" if missing else f"FBGEMM {version} does not load: {error}"
         if choice == "fbgemm":
             raise ImportError(f"{BACKEND_VARIABLE}=fbgemm, but {reason}. Run: recsys_edu doctor") from error
-        warnings.warn(f"{reason}; using PyTorch's kernels (slower, same results). Run: recsys_edu doctor", stacklevel=2)
+        if sys.platform == "linux" or not missing:  # elsewhere there are no wheels, so nothing to be done about it
+            text = f"{reason}; using PyTorch's kernels (slower, same results). Run: recsys_edu doctor"
+            warnings.warn(text, stacklevel=2)
         return BackendStatus(False, reason, version)
     return BackendStatus(True, "FBGEMM is installed and loads", version)
 

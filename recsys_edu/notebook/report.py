@@ -50,6 +50,7 @@ def page_html(notebook: Any, title: str) -> str:
     """An executed notebook as a page that needs no network."""
     from nbconvert import HTMLExporter
 
+    notebook.cells = [cell for cell in notebook.cells if "setup" not in cell.metadata.get("tags", ())]
     has_figures = still_figures(notebook)
     exporter = HTMLExporter(embed_images=True)
     exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""
