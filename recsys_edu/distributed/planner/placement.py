@@ -18,6 +18,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from recsys_edu.distributed.embedding_types import HOST_MEMORY_KERNELS
 from recsys_edu.distributed.planner.cost import Array
 from recsys_edu.distributed.planner.options import OptionGrid, Place
 from recsys_edu.distributed.planner.topology import Topology
@@ -54,6 +55,11 @@ class Problem:
     @property
     def world_size(self) -> int:
         return len(self.caps_W2)
+
+    @cached_property
+    def on_host_J(self) -> NDArray[np.bool_]:
+        """Which options leave weights in the host's memory for a GPU to read."""
+        return np.array([kernel in HOST_MEMORY_KERNELS for _, kernel in self.grid.pairs])
 
     @cached_property
     def count_UJ(self) -> Ints:

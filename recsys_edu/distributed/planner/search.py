@@ -17,7 +17,7 @@ price of memory there is a Lagrange multiplier: Fisher, "The Lagrangian relaxati
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class Found:
 
 def search(problem: Problem) -> Found | None:
     """A plan, the same one in every process; None where nothing was found that fits."""
-    walk = _Walk(problem)
+    walk = _Walk(problem if _host_memory_may_help(problem) else _on_device(problem))
     for _ in _proposals(walk):
         pass
     if not walk.plans:
@@ -77,7 +77,34 @@ def search(problem: Problem) -> Found | None:
         shaken, few = improve(shaken, bound)
         best, steps = shaken, steps + few
     steps += more
+    best.problem = problem  # with every option again, for whoever asks about them
     return Found(best, walk.num_proposals + steps, walk.num_plans + steps, min(bound, best.cost_ms))
+
+
+def _host_memory_may_help(problem: Problem) -> bool:
+    """Whether device memory is tight, or too small for some way to cut some table that host memory allows.
+
+    Elsewhere every option on the host has a faster twin on the device that fits as well.
+    """
+    if not problem.on_host_J.any():
+        return False
+    on_device_UJ = problem.valid_UJ & ~problem.on_host_J
+    if not on_device_UJ.any(axis=1).all():
+        return True
+    if np.where(on_device_UJ, problem.memory_UJ, np.inf).min(axis=1).sum() > TIGHT:
+        return True
+    types = [sharding_type for sharding_type, _ in problem.grid.pairs]
+    for sharding_type in set(types):
+        same_J = np.array([each == sharding_type for each in types])
+        any_UJ, device_UJ = problem.valid_UJ & same_J, on_device_UJ & same_J
+        if (any_UJ.any(axis=1) & ~device_UJ.any(axis=1)).any():
+            return True
+    return False
+
+
+def _on_device(problem: Problem) -> Problem:
+    """The problem without host memory for what a GPU looks up."""
+    return replace(problem, valid_UJ=problem.valid_UJ & ~problem.on_host_J) if problem.on_host_J.any() else problem
 
 
 def first_plan(problem: Problem) -> Placement | None:
@@ -120,7 +147,8 @@ class _Walk:
         self.problem = problem
         self.plans: list[tuple[float, float, Placement]] = []
         self.num_proposals = self.num_plans = 0
-        self._seen: set[bytes] = set()
+        self._seen: dict[bytes, bool] = {}  # the choices tried, and whether they could be placed
+        self._two_memories = bool(problem.valid_UJ[:, problem.on_host_J].any())
         self._scale = float(np.where(problem.valid_UJ, problem.work_UJ, np.inf).min(axis=1).sum())
         self._first_price = 0
         least = np.where(problem.valid_UJ, problem.memory_UJ, np.inf).min(axis=1).sum()
@@ -132,7 +160,7 @@ class _Walk:
         for index in range(max(self._first_price - 1, 0), len(PRICES)):
             choice_U = choose(self.problem, ceiling, PRICES[index] * self._scale, share)
             placed = self._try(choice_U, ceiling)
-            if dearer_U is not None:
+            if dearer_U is not None and (self._two_memories or not self._seen[dearer_U.tobytes()]):
                 self._mix(dearer_U, choice_U, ceiling, placed)
             if placed:
                 self._first_price = index
@@ -184,9 +212,9 @@ class _Walk:
         key = choice_U.tobytes()
         if key in self._seen:
             return False
-        self._seen.add(key)
         self.num_proposals += 1
         placement = place_with_repairs(self.problem, choice_U)
+        self._seen[key] = placement is not None
         if placement is None:
             return False
         self.num_plans += 1
