@@ -18,7 +18,7 @@ document.addEventListener("DOMContentLoaded", () => {
     });
   }
   // wide code and tables scroll by themselves: let the arrow keys do it
-  for (const box of document.querySelectorAll("div.highlight pre, article table")) {
+  for (const box of document.querySelectorAll("div.highlight pre, article table, div.cell_output")) {
     if (box.scrollWidth > box.clientWidth) box.setAttribute("tabindex", "0");
   }
 });
