@@ -5,13 +5,15 @@
 The announcement's DLRM, 26 tables x 100k x 64, 1 id per bag, global batch 2048, one thread per rank. The ranks
 calibrate together, plan with what they measured, predict the step, and train: as a plain loop and with
 TrainPipelineSparseDist, as is and with delay added to every exchange of embeddings. A step takes as long as its slowest
-rank. `error` is the median over rounds of the predicted time over the measured one, less 1.
+rank. `error` is the median over rounds of the predicted time over the measured one, less 1. Each round calibrates
+before and after it measures, and `other load` is what else wanted a core when a world of ranks began (load average).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import statistics
 import sys
 import tempfile
@@ -77,7 +79,8 @@ def make_step(model: nn.Module, batches: Sequence[Any], pipeline: PipelineType) 
 def compare(rank: int, world_size: int, sizes: Sizes, layers: Layers, rounds: int, now: Callable[[], float]) -> list:
     """Rows of (loop, delay, measured ms, predicted ms, predicted over measured, sharding types) for this world.
 
-    Every round calibrates, predicts and measures, so that what else the machine does meanwhile hits both alike.
+    Every round predicts, measures and predicts again, each time from a new calibration: what else the machine does
+    meanwhile hits both alike, and a round's prediction is the mean of its two.
     """
     table_shapes, model = make_model(sizes, layers), make_model(sizes, layers)
     work, plan = dense_work(model), planned(calibrate(rounds=3), table_shapes, sizes, world_size)
@@ -91,12 +94,19 @@ def compare(rank: int, world_size: int, sizes: Sizes, layers: Layers, rounds: in
                 step, pairs = make_step(sharded, batches, pipeline), []
                 for _ in range(3):  # DDP settles its buckets, the pipeline fills
                     step()
-                for _ in range(rounds):
+
+                def predict(pipeline: PipelineType = pipeline, delay_ms: float = delay_ms) -> float:
                     machine = calibrate(rounds=1)
                     again = planned(machine, table_shapes, sizes, world_size, like=plan)
                     kernels = dataclasses.replace(machine.kernels(), delay_ms=delay_ms)
-                    predicted = simulate_step(again, work, sizes.batch_size, kernels, pipeline).step_ms
-                    pairs.append((statistics.median(time_ranks({name: step}, 3, now)[name]), predicted))
+                    return simulate_step(again, work, sizes.batch_size, kernels, pipeline).step_ms
+
+                before = predict()
+                for _ in range(rounds):
+                    measured = statistics.median(time_ranks({name: step}, 3, now)[name])
+                    after = predict()
+                    pairs.append((measured, (before + after) / 2))
+                    before = after
                 del step
             shares = [predicted / measured for measured, predicted in pairs]
             measured, predicted = (statistics.median(column) for column in zip(*pairs))
@@ -156,12 +166,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(__doc__, argv, rounds=6, threads=1)
     rows = []
     for world_size in WORLD_SIZES[:2] if arguments.tiny else WORLD_SIZES:
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
         for loop, delay_ms, measured_ms, predicted_ms, share, types in run_world(world_size, arguments):
             rows.append(
                 {
                     "ranks": world_size,
                     "loop": loop,
                     "delay ms": delay_ms,
+                    "other load": load,
                     "plan": types,
                     "measured ms": measured_ms,
                     "predicted ms": predicted_ms,
