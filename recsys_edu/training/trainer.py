@@ -153,7 +153,8 @@ class Trainer:
         if path is not None:
             saved = load_checkpoint(path, self.model, self.optimizer)
             if saved["data"] != self._data:
-                raise ValueError(f"{path} is of a run on other data: {_differences(saved['data'], self._data)}")
+                different = _differences(saved["data"], self._data)
+                raise ValueError(f"{path} is of a run on other data: {different}. Take another folder for this one")
             self.step, self.scores = saved["step"], saved.get("scores", {})
             self.evaluated_step, self.best_step = saved.get("evaluated_step", 0), saved.get("best_step", 0)
             self.best_ne, self._evaluations_since = saved.get("best_ne", float("inf")), saved.get("since", 0)
