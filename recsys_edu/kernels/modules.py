@@ -50,7 +50,7 @@ def make_kernel(
     if backend == "fbgemm" and reason:
         raise ValueError(f"backend='fbgemm' was asked for, but {reason}")
     chosen = "pytorch" if reason else "fbgemm"
-    if spec.memory is not TableMemory.DEVICE and (hindrance := reason or why_not_host_memory(spec, device)):
+    if spec.memory is not TableMemory.DEVICE and (hindrance := why_not_host_memory(spec, device) or reason):
         names = ", ".join(table.name for table in spec.tables[:5])
         raise ValueError(f"tables {names} cannot stay in host memory: {hindrance}")
     if spec.optimizer is None:
