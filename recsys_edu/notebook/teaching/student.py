@@ -52,8 +52,8 @@ On Windows:
     .venv\Scripts\recsys_edu doctor
     .venv\Scripts\jupyter lab notebooks\00_start_here.ipynb
 
-On Colab or Kaggle, upload this zip beside the notebook, under the name recsys_edu-student.zip: the notebook's first cell
-installs it.
+On Colab or Kaggle, upload this zip beside the notebook, under the name recsys_edu-student.zip: the notebook's first
+cell installs it.
 
 On Linux without a GPU, set TORCH_INDEX_URL first to the address that the selector on pytorch.org's "Get started"
 page shows after `--index-url` for Linux, Pip, CPU: it saves gigabytes.
