@@ -137,12 +137,14 @@ def trial_figure(trial: Trial) -> Figure:
         height=430,
     )
     _add_tiling(figure, trial)
-    add_traffic(figure, traffic, {"row": 1, "col": 2})
+    add_traffic(figure, traffic, {"row": 1, "col": 2}, compact=True)
     add_memory(figure, trial.memory_W, {"row": 1, "col": 3})
     unit = next(u for u, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 0)) if heaviest >= 2 * size)
     figure.update_xaxes(title_text="rank", tickvals=list(range(setting.num_ranks)), row=1, col=3)
     figure.update_yaxes(title_text=f"{unit} on the rank", rangemode="tozero", row=1, col=3)
-    figure.update_layout(margin={"t": 120, "b": 100}, legend={"orientation": "h", "x": 0.66, "y": -0.24})
+    figure.update_layout(
+        margin={"t": 120, "b": 100}, legend={"orientation": "h", "x": 1, "xanchor": "right", "y": -0.24}
+    )
     return figure
 
 

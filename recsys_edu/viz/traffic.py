@@ -179,14 +179,22 @@ def traffic_figure(
 
 
 def add_traffic(
-    figure: Figure, traffic: Traffic, where: dict[str, int], largest: int | None = None, y_title: bool = True
+    figure: Figure,
+    traffic: Traffic,
+    where: dict[str, int],
+    largest: int | None = None,
+    y_title: bool = True,
+    compact: bool = False,
 ) -> None:
-    """Draw one heat map into the panel `where` of a figure; `largest` is what the darkest colour stands for."""
+    """Draw one heat map into the panel `where` of a figure; `largest` is what the darkest colour stands for.
+
+    `compact` writes 16K instead of 16,384, as more than four ranks always do.
+    """
     import plotly.graph_objects as go
 
     moved_WW, ranks = _off_diagonal(traffic), list(range(traffic.world_size))
     size = {2: 14, 4: 12}.get(len(ranks), 10 if len(ranks) <= 6 else 8)
-    compact = len(ranks) > 4
+    compact = compact or len(ranks) > 4
     all_WW = traffic.bytes_WW.tolist()
     text = [[_cell_text(number, compact) for number in row] for row in all_WW]
     hover = [
@@ -383,7 +391,9 @@ def _cell_text(number: int, compact: bool) -> str:
         return "0"
     if not compact or number < 1000:
         return f"{number:,}" if number < 100_000 else bytes_text(number)
-    return bytes_text(number).replace("iB", "").replace(" ", "")
+    amount, unit = bytes_text(number).replace(",", "").split()
+    digits = f"{float(amount):.0f}" if float(amount) >= 10 else amount.removesuffix(".0")
+    return digits + unit[0].replace("B", "")
 
 
 def _unit(num_bytes: float) -> tuple[str, int]:

@@ -112,7 +112,7 @@ EXPECTED = {
         "cost of the demands": (1.0, 2.0),
         "8 GiB and host memory over 10 GiB without": (0.5, 1.5),
         "ms of a step's lookups here": POSITIVE,
-        "numbers held on both ranks over numbers in the tables": (1.0, 1.0),
+        "numbers held on both ranks over numbers in the tables": (1.0, 1.1),  # small tables may be copied
     },
     "16_a_trillion_parameters": {
         "1.25T: gap to the bound": (0.0, 0.15),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from plotly.subplots import make_subplots
 
 from recsys_edu.distributed.exchange import TransferRecord
 from recsys_edu.distributed.sharding.tiling import validate
@@ -20,7 +21,7 @@ from recsys_edu.viz.sharding_explorer import (
     run_trial,
     shards_from_drawing,
 )
-from recsys_edu.viz.traffic import Traffic, bytes_text, split_figure, traffic_figure, traffic_from_logs
+from recsys_edu.viz.traffic import Traffic, add_traffic, bytes_text, split_figure, traffic_figure, traffic_from_logs
 
 BATCH, POOLING, DIM = 8, 4, 16
 
@@ -118,3 +119,20 @@ def test_figures_say_what_they_show():
 
 def test_bytes_for_people():
     assert (bytes_text(0), bytes_text(2048), bytes_text(3 * 2**30)) == ("0 B", "2.0 KiB", "3.0 GiB")
+
+
+@pytest.mark.parametrize("number, shown", [(0, "0"), (999, "999"), (1000, "1000"), (2048, "2K"), (11_500, "11K")])
+def test_numbers_in_a_narrow_panel_are_short(number, shown):
+    step = torch.tensor([[0, number], [0, 0]])
+    figure = make_subplots(rows=1, cols=1)
+    add_traffic(figure, Traffic({"answers": step}, local_size=2), {"row": 1, "col": 1}, compact=True)
+    assert figure.data[0].text[0][1] == shown
+
+
+def test_four_ranks_in_the_explorer_have_short_numbers():
+    texts = [text for row in drawing_figure("0011\n2233", rows=1000, dim=32).data for text in _cells(row)]
+    assert texts and max(map(len, texts)) <= 4
+
+
+def _cells(trace):
+    return [text for row in trace.text for text in row if text] if trace.type == "heatmap" else []

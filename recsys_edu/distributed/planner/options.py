@@ -221,13 +221,21 @@ def _rejections(
     column_blocks_TJ: NDArray[np.int64],
     bytes_TJ: Array,
 ) -> dict[tuple[int, int], str]:
-    """Why each impossible option is impossible."""
+    """Why each impossible option is impossible; worked out once for tables that are alike, of which there are many."""
     local, world = topology.local_world_size, topology.world_size
     caps = [(d.storage.hbm, d.storage.ddr) for d in topology.devices]
     whole_cap = np.array([max(hbm for hbm, _ in caps), max(ddr for _, ddr in caps)], dtype=np.float64)
     too_big_TJ = (bytes_TJ > whole_cap).any(axis=-1)
     rejections: dict[tuple[int, int], str] = {}
+    alike: dict[tuple[object, ...], int] = {}
     for i, table in enumerate(workload.tables):
+        sizes = (workload.columns_T[i], workload.block_width_T[i], bytes_TJ[i].tobytes())
+        first = alike.setdefault(
+            (*table.kernels.items(), id(table.constraint), table.ranks, type(table.sharder), *sizes), i
+        )
+        if first < i:
+            rejections.update({(i, j): rejections[first, j] for j in range(len(pairs)) if (first, j) in rejections})
+            continue
         allowed_hosts = None if table.ranks is None else _whole_hosts(table.ranks, local)
         offered = set(table.kernels)
         for j, (sharding_type, kernel) in enumerate(pairs):

@@ -58,7 +58,7 @@ EXERCISES = (
     Exercise(
         "01.1",
         "Offsets without a loop",
-        "Write `offsets(lengths)`: a tensor with one entry more than `lengths`, 0 first, then the running sum. "
+        "Write `offsets_of(lengths)`: a tensor with one entry more than `lengths`, 0 first, then the running sum. "
         "A batch without rows has the offsets `[0]`.",
         difficulty=1,
         importance=5,
