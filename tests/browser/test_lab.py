@@ -80,7 +80,8 @@ def command_of_make_lab(port):
     if shutil.which("make") is None:
         pytest.skip("no make")
     options = shlex.join(lab_options(port))
-    ran = subprocess.run(["make", "-n", "lab", f"ARGS={options}"], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["make", "--no-print-directory", "-n", "lab", f"ARGS={options}"]  # a make may be running this test
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     interpreter, *rest = shlex.split(ran.stdout.strip().splitlines()[-1])
     assert interpreter.endswith("python") and rest[:3] == ["-m", "jupyter", "lab"]
     return [sys.executable, *rest]
