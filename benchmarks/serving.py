@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import Gate, parse_arguments, report
-from recsys_edu.inference.load_test import LoadResult, run_load, server_process
+from recsys_edu.inference.load_test import LoadResult, ServerProcess, run_load
 from recsys_edu.inference.modules import quantize_inference_model
 from recsys_edu.inference.package import export_package, load_package
 from recsys_edu.inference.requests import join_requests, parse_request
@@ -105,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_model(path, num_rows, arguments.tiny)
         bare = {count: bare_ms(path, contents, count, arguments.rounds) for count in clients}
         for mode, options in MODES.items():
-            with server_process(path, *options, "--threads", str(arguments.threads)) as url:
+            with ServerProcess(path, *options, "--threads", str(arguments.threads)) as server:
                 for count in clients:
-                    result = run_load(url, contents, count, seconds)
+                    result = run_load(server.url, contents, count, seconds)
                     rows.append(row_of(mode, result, bare[count if mode == "batched" else 1]))
     report("serving", rows, gates(rows), arguments.out)
 

@@ -1,8 +1,8 @@
 """A server under load: so many clients, each asking again as soon as it is answered.
 
-    with server_process("film.pt2") as url:
+    with ServerProcess("film.pt2") as server:
         for clients in (1, 8, 32):
-            print(run_load(url, bodies, clients, seconds=2))
+            print(run_load(server.url, bodies, clients, seconds=2))
 
 The clients are tasks of one asyncio loop that write ready-made bytes: on a small machine they share the processor with
 the server, and whatever they burn is missing there.
@@ -11,7 +11,6 @@ the server, and whatever they burn is missing there.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import subprocess
@@ -21,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,21 +108,11 @@ class ServerProcess:
         self.stop()
 
 
-@contextlib.contextmanager
-def server_process(package: str | Path, *options: str) -> Iterator[str]:
-    """Serve a package as `ServerProcess` does while the block runs; gives the address.
-
-    Raises:
-        RuntimeError: it did not start; with what it said.
-    """
-    with ServerProcess(package, *options) as server:
-        yield server.url
-
-
 def _environment() -> dict[str, str]:
-    """The child finds the same recsys_edu, installed or not."""
+    """The child finds the same recsys_edu, installed or not, and does not repeat warnings that were given here."""
     root = str(Path(__file__).resolve().parents[2])
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
 
 
 def ask(url: str, path: str = "/health", content: Any = None, timeout_s: float = 30.0) -> tuple[int, Any]:

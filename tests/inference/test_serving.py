@@ -17,7 +17,7 @@ from test_package import FEATURES, ROWS, float_model, quantised, scores_of
 
 from recsys_edu.inference import serve
 from recsys_edu.inference.batching import Batcher, BatchingOptions
-from recsys_edu.inference.load_test import ask, run_load, server_process
+from recsys_edu.inference.load_test import ServerProcess, ask, run_load
 from recsys_edu.inference.modules import quantize_inference_model
 from recsys_edu.inference.package import PackageMetadata, Trial, export_package
 from recsys_edu.inference.requests import RefusedRequest, ScoringRequest, join_requests, parse_request
@@ -178,8 +178,8 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(package: Path) -> Iterator[str]:
-    with server_process(package, "--threads", "1", "--max-batch", "32", "--timeout-s", "5") as address:
-        yield address
+    with ServerProcess(package, "--threads", "1", "--max-batch", "32", "--timeout-s", "5") as server:
+        yield server.url
 
 
 def expected_score(example: dict) -> float:
@@ -200,7 +200,8 @@ def test_a_weighted_model_over_http(tmp_path: Path) -> None:
     model = quantize_inference_model(float_model(weighted=True))
     export_package(model, tmp_path / "w.pt2", num_dense=3, kernels="pytorch")
     example = GOOD | {"weights": {"film": [0.5, 2.0]}}
-    with server_process(tmp_path / "w.pt2", "--threads", "1") as address:
+    with ServerProcess(tmp_path / "w.pt2", "--threads", "1") as server:
+        address = server.url
         assert ask(address)[1]["weighted"]
         status, answer = ask(address, "/predict", {"examples": [example]})
     lengths_FB, values = (
@@ -264,7 +265,8 @@ def test_broken_connections_do_no_harm(url: str) -> None:
 
 
 def test_overload_is_refused_and_passes(package: Path) -> None:
-    with server_process(package, "--threads", "1", "--max-batch", "1", "--max-pending", "1") as address:
+    with ServerProcess(package, "--threads", "1", "--max-batch", "1", "--max-pending", "1") as server:
+        address = server.url
         result = run_load(address, [{"examples": [GOOD]}], clients=16, seconds=0.7)
         assert set(result.statuses) == {200, 429} and min(result.statuses.values()) > 0
         assert ask(address)[0] == 200 and ask(address, "/predict", {"examples": [GOOD]})[0] == 200
@@ -281,8 +283,11 @@ def test_what_cannot_be_served_says_why(tmp_path: Path, package: Path, capsys: p
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert serve.main([str(package), "--port", str(taken.getsockname()[1])]) == 2
     assert "serve:" in capsys.readouterr().err
-    with pytest.raises(RuntimeError, match=r"did not start.*does not exist"), server_process(tmp_path / "none.pt2"):
-        pass
+    with (
+        ServerProcess(tmp_path / "none.pt2") as server,
+        pytest.raises(RuntimeError, match=r"did not start.*does not exist"),
+    ):
+        _ = server.url
 
 
 def test_it_listens_on_this_machine_alone_by_default() -> None:
