@@ -57,15 +57,20 @@ def complaints(notebook: dict) -> list[str]:
     return found
 
 
+def replace_notebook(path: Path, notebook: dict) -> None:
+    """Write a notebook the way all of them are written, atomically."""
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+    os.replace(aside, path)
+
+
 def rewrite(path: Path) -> bool:
     """Clean one file in place, atomically. Returns whether it changed."""
     before = path.read_text(encoding="utf-8")
     notebook = json.loads(before)
     if not complaints(notebook):
         return False
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(cleaned(notebook), indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
-    os.replace(aside, path)
+    replace_notebook(path, cleaned(notebook))
     return True
 
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tomllib
 from pathlib import Path
 from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
 TAG = "setup"
 CELL_ID = "set-up"
 STUDENT_ZIP = "recsys_edu-student.zip"
@@ -81,20 +81,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a notebook is behind")
     options = parser.parse_args(arguments)
+    from clean_notebooks import notebook_paths, replace_notebook
+
     address, behind = repository(), []
-    for path in sorted((ROOT / "notebooks").glob("**/[0-9][0-9]_*.ipynb")):
+    for path in notebook_paths(ROOT):
         inside = path.relative_to(ROOT).parts
-        if {"out", ".ipynb_checkpoints"} & set(inside):
-            continue
         notebook = json.loads(path.read_text(encoding="utf-8"))
         wanted = with_setup_cell(notebook, cell_source(address, "/".join([".."] * (len(inside) - 1))))
         if notebook == wanted:
             continue
         behind.append("/".join(inside))
         if not options.check:
-            aside = path.with_suffix(".part")
-            aside.write_text(json.dumps(wanted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
-            os.replace(aside, path)
+            replace_notebook(path, wanted)
     outcome = "is behind; run: make clean-notebooks" if options.check else "was written"
     for name in behind:
         print(f"{name}: its set-up cell {outcome}")

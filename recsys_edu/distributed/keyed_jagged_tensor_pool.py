@@ -16,7 +16,7 @@ from torch import Tensor
 from recsys_edu.distributed.awaitable import LazyAwaitable, LazyNoWait
 from recsys_edu.distributed.exchange import Exchange
 from recsys_edu.distributed.object_pool import ask, pool_exchange, slot_blocks
-from recsys_edu.distributed.tensor_pool import load_tiles
+from recsys_edu.distributed.shards import load_tiles
 from recsys_edu.distributed.tiled_tensor import Tile, TiledTensor
 from recsys_edu.distributed.types import ModuleSharder, ObjectPoolShardingPlan, ShardedModule, ShardingEnv
 from recsys_edu.modules.keyed_jagged_tensor_pool import (
@@ -124,7 +124,7 @@ class ShardedKeyedJaggedTensorPool(ObjectPool[LazyAwaitable[KeyedJaggedTensor]])
         destination.update({prefix + name: whole for name, whole in self.tiled().items()})
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        load_tiles(state_dict, prefix, self.tiled(), rest)
+        load_tiles(self.tiled(), state_dict, prefix, *rest)
 
 
 ShardedModule.register(ShardedKeyedJaggedTensorPool)

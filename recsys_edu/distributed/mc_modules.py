@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from recsys_edu.distributed.embedding_types import BaseEmbeddingSharder
 from recsys_edu.distributed.exchange import Exchange, GroupExchange, Transfer, check_same_on_every_rank
 from recsys_edu.distributed.sharding.tiling import Shard, shards_from, validate
-from recsys_edu.distributed.shards import copy_tiles
+from recsys_edu.distributed.shards import load_tiles
 from recsys_edu.distributed.tiled_tensor import Tile, TiledTensor
 from recsys_edu.distributed.types import (
     ParameterSharding,
@@ -40,7 +40,7 @@ from recsys_edu.distributed.types import (
     ShardingType,
 )
 from recsys_edu.modules.embedding_configs import BaseEmbeddingConfig
-from recsys_edu.modules.mc_modules import ManagedCollisionCollection, ManagedCollisionModule
+from recsys_edu.modules.mc_modules import ManagedCollisionCollection, ManagedCollisionModule, with_rows
 from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 
@@ -72,12 +72,10 @@ class ManagedRows(nn.Module):
         super().__init__()
         cuts = sorted({shard.rows.start for shard in shards} | {module.output_size()})
         by_row = sorted(shards, key=lambda shard: shard.rows.start)
-        self.starts = [shard.rows.start for shard in by_row if shard.rank == rank]
-        self.parts = [
-            module.rebuild_with_output_id_range((shard.rows.start, shard.rows.stop), cuts, device)
-            for shard in by_row
-            if shard.rank == rank
-        ]
+        self._places = [place for place, shard in enumerate(by_row) if shard.rank == rank]  # of the parts, among all
+        mine = [by_row[place].rows for place in self._places]
+        self.starts = [rows.start for rows in mine]
+        self.parts = [module.rebuild_with_output_id_range((rows.start, rows.stop), cuts, device) for rows in mine]
         self._template = (without_buffers(module),)
         self._cuts = torch.tensor(cuts[1:], device=device)
         self._rank_of_part = torch.tensor([shard.rank for shard in by_row], device=device)
@@ -96,18 +94,19 @@ class ManagedRows(nn.Module):
 
     def rank_of(self, ids_N: Tensor) -> Tensor:
         """Which rank manages each id."""
-        return self._rank_of_part[torch.searchsorted(self._cuts, self.template.home_rows(ids_N), right=True)]
+        return self._rank_of_part[self._part_of(ids_N)]
+
+    def _part_of(self, ids_N: Tensor) -> Tensor:
+        """Which of all ranks' parts manages each id, counted by rows."""
+        return torch.searchsorted(self._cuts, self.template.home_rows(ids_N), right=True)
 
     def remap(self, ids_of_feature: Mapping[str, Tensor]) -> list[Tensor]:
         """The row of every id, feature by feature; -1 for one that the module drops."""
         rows = [torch.full_like(ids, -1) for ids in ids_of_feature.values()]
-        part_of = [
-            torch.searchsorted(self._cuts, self.template.home_rows(ids), right=True) for ids in ids_of_feature.values()
-        ]
-        for start, part in zip(self.starts, self.parts):
+        part_of = [self._part_of(ids) for ids in ids_of_feature.values()]
+        for place, part in zip(self._places, self.parts):
             part.check_cuts()
-            index = int(torch.searchsorted(self._cuts, torch.tensor(start, device=self._cuts.device), right=True))
-            mine = [part_N == index for part_N in part_of]
+            mine = [part_N == place for part_N in part_of]
             jagged = {
                 name: JaggedTensor(ids[here], lengths=here.sum().reshape(1))
                 for (name, ids), here in zip(ids_of_feature.items(), mine)
@@ -150,14 +149,8 @@ class ManagedRows(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name in self._kinds:
-            if prefix + name not in state_dict:
-                missing_keys.append(prefix + name)
-                continue
-            try:
-                copy_tiles(self.tiled(name), state_dict[prefix + name], prefix + name)
-            except ValueError as error:
-                error_msgs.append(str(error))
+        targets = {name: self.tiled(name) for name in self._kinds}
+        load_tiles(targets, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         try:
             for part in self.parts:
                 part.validate_state()
@@ -295,13 +288,7 @@ class ShardedManagedCollisionCollection(nn.Module):
         arrived_N = flight.rows.wait()
         rows_N = torch.empty_like(arrived_N)
         rows_N[flight.order_N] = arrived_N
-        remapped: dict[str, JaggedTensor] = {}
-        parts = rows_N.split([len(jt.values()) for jt in flight.features.values()])
-        for (name, jt), rows in zip(flight.features.items(), parts):
-            remapped[name] = JaggedTensor(rows, weights=jt.weights_or_none(), lengths=jt.lengths())
-        if mutate_miss_lengths and bool((rows_N < 0).any()):  # host sync: bags get shorter
-            remapped = {name: without_missing(jt) for name, jt in remapped.items()}
-        return KeyedJaggedTensor.from_jt_dict(remapped)
+        return KeyedJaggedTensor.from_jt_dict(with_rows(flight.features, rows_N, drop=mutate_miss_lengths))
 
     def embedding_configs(self) -> Sequence[BaseEmbeddingConfig]:
         """The configs as given."""
@@ -337,15 +324,6 @@ def without_buffers(module: ManagedCollisionModule) -> ManagedCollisionModule:
     twin = copy.copy(module)
     twin._buffers = dict.fromkeys(module._buffers)
     return twin
-
-
-def without_missing(jt: JaggedTensor) -> JaggedTensor:
-    """The same bags without the ids that have no row (-1)."""
-    rows, lengths, weights = jt.values(), jt.lengths(), jt.weights_or_none()
-    stays = rows >= 0
-    bags = torch.repeat_interleave(torch.arange(len(lengths), device=rows.device), lengths)[stays]
-    lengths = torch.zeros_like(lengths).index_add_(0, bags, torch.ones_like(bags, dtype=lengths.dtype))
-    return JaggedTensor(rows[stays], weights=None if weights is None else weights[stays], lengths=lengths)
 
 
 class ManagedCollisionCollectionSharder(BaseEmbeddingSharder[ManagedCollisionCollection]):

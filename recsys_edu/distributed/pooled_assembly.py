@@ -80,9 +80,11 @@ class Chunks:
     """
 
     width: int
-    source_C: tuple[int, ...]  # of each chunk of the answer, where its first row block is; C chunks of a bag
-    received_C: tuple[int, ...]  # its place among the chunks that its source returns for a bag
-    answers_S: tuple[tuple[int, ...], ...]  # the other way round: of each returned chunk, its place in the answer
+    received_3C: tuple[tuple[int, ...], ...]
+    """Where each of the C chunks of a bag's answer (its first row block) comes back: how many chunks of a bag the
+    sources before its own return, its place among those of its own, and how many these are."""
+    answers_S: tuple[tuple[int, ...], ...]
+    """The other way round: of each chunk that a source returns for a bag, its place in the answer."""
 
     LEAST_WIDTH = 8  # columns; narrower ones are slower to gather than to copy run by run
 
@@ -93,24 +95,23 @@ class Chunks:
         width = math.gcd(num_columns, *width_S, *ends)
         if len(runs) <= 2 * len(width_S) or width < cls.LEAST_WIDTH:
             return None
-        source_C, received_C = [0] * (num_columns // width), [0] * (num_columns // width)
-        answers_S = [[0] * (columns // width) for columns in width_S]
+        per_bag_S = [columns // width for columns in width_S]
+        before_S = [0, *itertools.accumulate(per_bag_S)]
+        received_C3 = [(0, 0, 0)] * (num_columns // width)  # stays so for columns that this rank fills itself
+        answers_S = [[0] * count for count in per_bag_S]
         for run in runs:
             for chunk in range((run.answer.stop - run.answer.start) // width):
                 received, answer = run.received.start // width + chunk, run.answer.start // width + chunk
                 answers_S[run.source][received] = answer
                 if run.row_block == 0:
-                    source_C[answer], received_C[answer] = run.source, received
-        return cls(width, tuple(source_C), tuple(received_C), tuple(map(tuple, answers_S)))
+                    received_C3[answer] = (before_S[run.source], received, per_bag_S[run.source])
+        return cls(width, tuple(zip(*received_C3)), tuple(map(tuple, answers_S)))
 
     def received(self, batch_size: int, device: torch.device) -> Tensor:
         """For every chunk of the answer, bag after bag, its row among all returned chunks."""
-        per_bag_S = [len(answers) for answers in self.answers_S]
-        before_S = [0, *itertools.accumulate(per_bag_S)]
-        first_C = [before_S[s] * batch_size + at for s, at in zip(self.source_C, self.received_C)]
-        step_C = [per_bag_S[source] for source in self.source_C]
-        first_C, step_C = torch.tensor([first_C, step_C], device=device)
-        return torch.addcmul(first_C, torch.arange(batch_size, device=device).unsqueeze(1), step_C).flatten()
+        before_C, place_C, per_bag_C = torch.tensor(self.received_3C, device=device)
+        bag_B1 = torch.arange(batch_size, device=device).unsqueeze(1)
+        return torch.addcmul(before_C * batch_size + place_C, bag_B1, per_bag_C).flatten()
 
     def answers(self, batch_size: int, step: int, device: torch.device) -> Tensor:
         """For every returned chunk, source after source and bag after bag, its row among the chunks of the answer.

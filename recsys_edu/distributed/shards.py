@@ -136,22 +136,27 @@ class TableShards(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.tiled()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = f"{prefix}weight"
-        if key not in state_dict:
-            missing_keys.append(key)
-            return
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        load_tiles({"weight": self.tiled()}, state_dict, prefix, *rest)
+
+
+def load_tiles(
+    targets: Mapping[str, TiledTensor],
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Fill this rank's tiles from a state dict; but for `targets` the arguments of `_load_from_state_dict`."""
+    for name, target in targets.items():
+        if prefix + name not in state_dict:
+            missing_keys.append(prefix + name)
+            continue
         try:
-            copy_tiles(self.tiled(), state_dict[key], key)
+            copy_tiles(target, state_dict[prefix + name], prefix + name)
         except ValueError as error:
             error_msgs.append(str(error))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from recsys_edu.distributed.awaitable import LazyAwaitable, LazyNoWait
 from recsys_edu.distributed.exchange import Exchange
 from recsys_edu.distributed.object_pool import ask, pool_exchange, slot_blocks
-from recsys_edu.distributed.shards import copy_tiles
+from recsys_edu.distributed.shards import load_tiles
 from recsys_edu.distributed.tiled_tensor import Tile, TiledTensor
 from recsys_edu.distributed.types import ModuleSharder, ObjectPoolShardingPlan, ShardedModule, ShardingEnv
 from recsys_edu.modules.object_pool import ObjectPool, last_of_each
@@ -87,25 +87,10 @@ class ShardedTensorPool(ObjectPool[LazyAwaitable[Tensor]]):
         destination[f"{prefix}_pool"] = self.tiled()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        load_tiles(state_dict, prefix, {"_pool": self.tiled()}, rest)
+        load_tiles({"_pool": self.tiled()}, state_dict, prefix, *rest)
 
 
 ShardedModule.register(ShardedTensorPool)
-
-
-def load_tiles(
-    state_dict: Mapping[str, Any], prefix: str, targets: Mapping[str, TiledTensor], rest: tuple[Any, ...]
-) -> None:
-    """Fill this rank's tiles; `rest` are the further arguments of `_load_from_state_dict`."""
-    _, _, missing_keys, _, error_msgs = rest
-    for name, target in targets.items():
-        if prefix + name not in state_dict:
-            missing_keys.append(prefix + name)
-            continue
-        try:
-            copy_tiles(target, state_dict[prefix + name], prefix + name)
-        except ValueError as error:
-            error_msgs.append(str(error))
 
 
 class TensorPoolSharder(ModuleSharder[TensorPool]):

@@ -2,7 +2,7 @@
 
     parser = make_parser("train_dlrm", "Train DLRM.")
     add_option(parser, "--steps", type=whole_number(1), default=100, help="steps to train")
-    args = parse(parser, ["--steps", "0"])
+    args = parser.parse_args(["--steps", "0"])
     CommandLineError: argument --steps: expected a whole number of 1 or more, got '0' (see --help)
 
 In a notebook that is an exception like any other. `run_program` prints it without a traceback and ends with status 2.
@@ -14,7 +14,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,14 +118,6 @@ def add_option(parser: argparse.ArgumentParser, name: str, *, help: str, **setti
     default = settings.get("default")
     shown = "" if default is None or default is False or "default:" in help else " (default: %(default)s)"
     parser.add_argument(name, help=help + shown, **settings)
-
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """
-    Raises:
-        CommandLineError: an unknown argument, or a value that its type refuses.
-    """
-    return parser.parse_args(argv)
 
 
 # ------------------------------------------------------------ mistakes

@@ -33,7 +33,6 @@ from recsys_edu.examples.command_line import (
     folder_to_write,
     make_parser,
     number,
-    parse,
     run_program,
     users_mistakes,
     whole_number,
@@ -95,7 +94,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--log-every", type=whole_number(1), default=10, help="steps between looks at the losses")
     add("--seed", type=whole_number(0), default=0, help="of weights, and of the data's order")
     add("--timeout", type=positive, default=300.0, help="seconds to wait for a silent rank")
-    args = parse(parser, argv)
+    args = parser.parse_args(argv)
     _check_together(args)
     return args
 

@@ -32,7 +32,6 @@ from recsys_edu.examples.command_line import (
     folder_to_write,
     make_parser,
     number,
-    parse,
     run_program,
     users_mistakes,
     whole_number,
@@ -136,7 +135,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=folder_to_write, help="folder of the MovieLens cache (default: the user's cache)")
     add("--verbose", action="store_true", help="print the loss of every epoch")
     add("--check", action="store_true", help="fail where the gate is missed")
-    args = parse(parser, argv)
+    args = parser.parse_args(argv)
     if args.dim % usual.num_heads:
         raise CommandLineError(f"--dim {args.dim}: {usual.num_heads} heads of attention do not divide it")
     return args

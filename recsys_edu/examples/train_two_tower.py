@@ -41,7 +41,6 @@ from recsys_edu.examples.command_line import (
     folder_to_write,
     make_parser,
     number,
-    parse,
     run_program,
     users_mistakes,
     whole_number,
@@ -130,7 +129,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=whole_number(1), default=2, help="of PyTorch")
     add("--data", type=folder_to_write, help="folder of the MovieLens cache (default: the user's cache)")
     add("--check", action="store_true", help="fail where a gate is missed")
-    args = parse(parser, argv)
+    args = parser.parse_args(argv)
     if args.protocol == "rating":
         unused = [name for name in ONLY_TOWERS if getattr(args, name) is not None]
         if unused:

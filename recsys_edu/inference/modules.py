@@ -14,6 +14,7 @@ import abc
 import copy
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -335,11 +336,15 @@ def unshard_quant_model(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, (ShardedQuantEmbeddingBagCollection, ShardedQuantEmbeddingCollection)):
         return model.unsharded()
-    whole = copy.copy(model)
-    whole._modules = {
-        name: None if child is None else unshard_quant_model(child) for name, child in model._modules.items()
-    }
-    return whole
+    return with_replaced(model, unshard_quant_model)
+
+
+def with_replaced(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A copy of a module whose children are what `replace` makes of them; it shares every tensor with the original."""
+    clone = copy.copy(module)
+    clone._modules = {name: None if child is None else replace(child) for name, child in module._modules.items()}
+    clone._parameters = dict(module._parameters)  # so that one may be exchanged in the copy alone
+    return clone
 
 
 def quantize_dense(

@@ -72,7 +72,7 @@ def parse_request(body: bytes, model: PackageMetadata, max_examples: int) -> Sco
         where = f"examples[{place}]"
         if not isinstance(example, dict) or example.keys() - keys:
             raise RefusedRequest(422, f"{where}: expected an object with {' and '.join(sorted(keys))} and nothing else")
-        dense.append(_dense_of(example.get("dense", []), model.num_dense, where))
+        dense.append(_numbers_of(example.get("dense", []), model.num_dense, f"{where}.dense", "a list of {} numbers"))
         ids = _by_feature(example, "ids", model, where)
         own_weights = _by_feature(example, "weights", model, where)
         for feature, (name, num_rows) in enumerate(zip(model.features, model.num_rows)):
@@ -80,7 +80,8 @@ def parse_request(body: bytes, model: PackageMetadata, max_examples: int) -> Sco
             lengths[feature].append(len(found))
             values[feature].extend(found)
             if model.weighted:
-                weights[feature].extend(_weights_of(own_weights.get(name, [1.0] * len(found)), len(found), where, name))
+                own, here = own_weights.get(name, [1.0] * len(found)), f"{where}.weights[{name!r}]"
+                weights[feature].extend(_numbers_of(own, len(found), here, "one number for each of {} ids"))
     return ScoringRequest(dense, lengths, values, weights if model.weighted else None)
 
 
@@ -94,28 +95,16 @@ def _by_feature(example: dict[str, Any], key: str, model: PackageMetadata, where
     return found
 
 
-def _dense_of(numbers: Any, expected: int, where: str) -> list[float]:
-    if not isinstance(numbers, list) or len(numbers) != expected:
+def _numbers_of(numbers: Any, count: int, where: str, wanted: str) -> list[float]:
+    """The list of `count` finite numbers that stands at `where`; `wanted` says in words what that is."""
+    if not isinstance(numbers, list) or len(numbers) != count:
         got = f"{len(numbers)} of them" if isinstance(numbers, list) else type(numbers).__name__
-        raise RefusedRequest(422, f"{where}.dense: expected a list of {expected} numbers, got {got}")
-    _refuse_numbers(numbers, f"{where}.dense")
-    return numbers
-
-
-def _weights_of(numbers: Any, expected: int, where: str, name: str) -> list[float]:
-    where = f"{where}.weights[{name!r}]"
-    if not isinstance(numbers, list) or len(numbers) != expected:
-        got = f"{len(numbers)} of them" if isinstance(numbers, list) else type(numbers).__name__
-        raise RefusedRequest(422, f"{where}: expected one number for each of {expected} ids, got {got}")
-    _refuse_numbers(numbers, where)
-    return numbers
-
-
-def _refuse_numbers(numbers: list[Any], where: str) -> None:
+        raise RefusedRequest(422, f"{where}: expected {wanted.format(count)}, got {got}")
     for place, number in enumerate(numbers):
         kind = type(number)  # a bool is an int to isinstance
         if (kind is not float and kind is not int) or not abs(number) <= LARGEST_FLOAT or math.isnan(number):
             raise RefusedRequest(422, f"{where}[{place}]: {_shown(number)} is no finite 32-bit number")
+    return numbers
 
 
 def _ids_of(ids: Any, num_rows: int, where: str, name: str) -> list[int]:

@@ -10,11 +10,10 @@ Shapes: B batch, F features, I dense inputs, N values of one feature, L lanes, D
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
+from recsys_edu.inference.modules import with_replaced
 from recsys_edu.kernels.quantized import found_rows, sum_bags
 from recsys_edu.kernels.quantized_remap import ArrayRemap
 from recsys_edu.modules.embedding_configs import PoolingType
@@ -141,12 +140,7 @@ def with_lookups(module: nn.Module, kernels: str) -> nn.Module:
         return LookupBags(module, kernels)
     if isinstance(module, EmbeddingCollection):
         return LookupRows(module)
-    clone = copy.copy(module)
-    clone._modules = {
-        name: None if child is None else with_lookups(child, kernels) for name, child in module._modules.items()
-    }
-    clone._parameters = dict(module._parameters)
-    return clone
+    return with_replaced(module, lambda child: with_lookups(child, kernels))
 
 
 def in_plain_tensors(module: nn.Module) -> nn.Module:

@@ -23,11 +23,12 @@ from recsys_edu.modules.hash_mc_evictions import (
     HashZchEvictionModule,
     HashZchEvictionPolicyName,
 )
-from recsys_edu.modules.mc_modules import ManagedCollisionModule
+from recsys_edu.modules.mc_modules import ManagedCollisionModule, with_rows
 from recsys_edu.modules.zero_collision_hash import (
     EMPTY,
     Paths,
     find,
+    first_places,
     insert,
     murmur_hash3,
     replace,
@@ -164,7 +165,7 @@ class HashZchManagedCollisionModule(ManagedCollisionModule):
                 shared_U = first_U + size_U + unsigned_remainder(murmur_hash3(ids_U), reserved_U)
             slot_U, missing_U = torch.where(missing_U, shared_U, slot_U), torch.zeros_like(missing_U)
         rows_N = torch.where(missing_U, -1, slot_U + self._segments[self._start_bucket])[inverse_N]
-        return _with_rows(features, rows_N, self._disable_fallback and mutate_miss_lengths)
+        return with_rows(features, rows_N, drop=self._disable_fallback and mutate_miss_lengths)
 
     def _let_in(self, paths: Paths, slot_U: Tensor, hours: tuple[Tensor, int] | None) -> None:
         """Rows for new ids, as far as there are any; fills in `slot_U`."""
@@ -321,26 +322,8 @@ def _equal_segments(zch_size: int, num_buckets: int, start: int, end: int) -> li
 
 def _distinct(ids_N: Tensor) -> tuple[Tensor, Tensor]:
     """The ids in order of first appearance, and for every position which of them it has."""
-    sorted_U, inverse_N = ids_N.unique(return_inverse=True)
-    places_N = torch.arange(len(ids_N), device=ids_N.device)
-    first_U = torch.full_like(sorted_U, len(ids_N)).scatter_reduce_(0, inverse_N, places_N, "amin")
+    sorted_U, inverse_N, first_U = first_places(ids_N)
     order_U = first_U.argsort()
     rank_U = torch.empty_like(order_U)
     rank_U[order_U] = torch.arange(len(order_U), device=ids_N.device)
     return sorted_U[order_U], rank_U[inverse_N]
-
-
-def _with_rows(features: dict[str, JaggedTensor], rows_N: Tensor, drop: bool) -> dict[str, JaggedTensor]:
-    """Row numbers in place of ids; with `drop` those that are -1 leave their bags."""
-    remapped = {}
-    for (name, jt), rows in zip(features.items(), rows_N.split([len(jt.values()) for jt in features.values()])):
-        weights, lengths = jt.weights_or_none(), jt.lengths()
-        if drop:
-            stays = rows >= 0
-            bags = torch.repeat_interleave(torch.arange(len(lengths), device=rows.device), lengths)
-            lengths = torch.zeros_like(lengths).index_add_(
-                0, bags[stays], torch.ones_like(bags[stays], dtype=lengths.dtype)
-            )
-            rows, weights = rows[stays], None if weights is None else weights[stays]
-        remapped[name] = JaggedTensor(rows, weights=weights, lengths=lengths)
-    return remapped

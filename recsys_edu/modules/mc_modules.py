@@ -28,6 +28,7 @@ from recsys_edu.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 NO_ID = torch.iinfo(torch.int64).max  # marks a free place; sorts behind every id
 MOST_SEGMENTS = 1025
+_OWNERS = ("_mch_sorted_raw_ids", "_mch_remapped_ids_mapping", "_mch_counts", "_mch_last_access_iter")
 ThresholdFilter = Callable[[Tensor], tuple[Tensor, float | Tensor]]
 
 
@@ -330,8 +331,7 @@ class MCHManagedCollisionModule(ManagedCollisionModule):
 
     def _owners(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         owned = self._mch_sorted_raw_ids != NO_ID
-        parts = ("_mch_sorted_raw_ids", "_mch_remapped_ids_mapping", "_mch_counts", "_mch_last_access_iter")
-        ids_O, rows_O, counts_O, last_O = (getattr(self, part)[owned] for part in parts)
+        ids_O, rows_O, counts_O, last_O = (getattr(self, name)[owned] for name in _OWNERS)
         return ids_O, rows_O - self._output_global_offset, counts_O, last_O
 
     def _store(self, ids_O: Tensor, rows_O: Tensor, counts_O: Tensor, last_O: Tensor) -> None:
@@ -408,7 +408,7 @@ class MCHManagedCollisionModule(ManagedCollisionModule):
             buckets=self._buckets,
         ).train(self.training)
         if is_whole:
-            for name in ("_mch_sorted_raw_ids", "_mch_remapped_ids_mapping", "_mch_counts", "_mch_last_access_iter"):
+            for name in _OWNERS:
                 getattr(part, name).copy_(getattr(self, name))
         part._current_iter_tensor.copy_(self._current_iter_tensor)
         return part
@@ -435,6 +435,21 @@ def apply_mc_method_to_jt_dict(
 ) -> dict[str, JaggedTensor]:
     """`mc_module.<method>(features_dict)`: one of `preprocess`, `profile`, `remap`."""
     return getattr(mc_module, method)(features_dict)
+
+
+def with_rows(features: Mapping[str, JaggedTensor], rows_N: Tensor, drop: bool) -> dict[str, JaggedTensor]:
+    """Row numbers in place of ids, feature after feature; with `drop` those that are -1 leave their bags."""
+    drop = drop and bool((rows_N < 0).any())  # host sync: bags get shorter
+    remapped = {}
+    for (name, jt), rows in zip(features.items(), rows_N.split([len(jt.values()) for jt in features.values()])):
+        weights, lengths = jt.weights_or_none(), jt.lengths()
+        if drop:
+            stays = rows >= 0
+            bags = torch.repeat_interleave(torch.arange(len(lengths), device=rows.device), lengths)[stays]
+            lengths = torch.zeros_like(lengths).index_add_(0, bags, torch.ones_like(bags, dtype=lengths.dtype))
+            rows, weights = rows[stays], None if weights is None else weights[stays]
+        remapped[name] = JaggedTensor(rows, weights=weights, lengths=lengths)
+    return remapped
 
 
 def _with_values(jt: JaggedTensor, values: Tensor) -> JaggedTensor:

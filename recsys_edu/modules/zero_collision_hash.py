@@ -142,10 +142,16 @@ def replace(paths: Paths, slot_U: Tensor, identities_Z: Tensor, until_Z: Tensor,
 
 def _is_first(slot_A: Tensor) -> Tensor:
     """Whether no earlier id of the batch wants the same slot."""
-    order_A = torch.arange(len(slot_A), device=slot_A.device)
-    wanted, inverse_A = slot_A.unique(return_inverse=True)
-    first = torch.full_like(wanted, len(slot_A)).scatter_reduce_(0, inverse_A, order_A, "amin")
-    return first[inverse_A] == order_A
+    _, inverse_A, first = first_places(slot_A)
+    return first[inverse_A] == torch.arange(len(slot_A), device=slot_A.device)
+
+
+def first_places(values_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(distinct values, for every position which of them it has, for each of them its first position)."""
+    distinct_U, inverse_N = values_N.unique(return_inverse=True)
+    places_N = torch.arange(len(values_N), device=values_N.device)
+    first_U = torch.full((len(distinct_U),), len(values_N), device=values_N.device)
+    return distinct_U, inverse_N, first_U.scatter_reduce_(0, inverse_N, places_N, "amin")
 
 
 def _take(winner_A: Tensor, slot_A: Tensor, ids_U: Tensor, slot_U: Tensor, identities_Z: Tensor) -> None:

@@ -67,6 +67,13 @@ def open_page(browser):
 
 
 @pytest.fixture
+def expect(browser):
+    from playwright.sync_api import expect
+
+    return expect
+
+
+@pytest.fixture
 def picture(tmp_path):
     """picture(page, name) keeps a screenshot, in the folder that RECSYS_EDU_SCREENSHOTS names where it is set."""
     folder = Path(os.environ.get(SCREENSHOTS_VARIABLE, tmp_path))

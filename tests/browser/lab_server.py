@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,3 +60,30 @@ def free_port() -> int:
 def lab_options(port: int) -> list[str]:
     options = ["--no-browser", f"--port={port}", "--IdentityProvider.token=", "--LabApp.news_url=None"]
     return options + (["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else [])
+
+
+def write_notebook(path: Path, sources: list[str]) -> None:
+    """A notebook of these code cells."""
+    path.parent.mkdir(exist_ok=True)
+    notebook = new_notebook(cells=[new_code_cell(text) for text in sources])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, path)
+
+
+def lab_command(port: int) -> list[str]:
+    return [sys.executable, "-m", "jupyter", "lab", *lab_options(port)]
+
+
+def wait_for_kernel(page: Any) -> None:
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+    # keys that come before the kernel does are lost
+    page.get_by_text(re.compile(r"\| Idle")).first.wait_for()
+
+
+def run_cells(page: Any, expect: Any, count: int, timeout_ms: int = 90_000) -> None:
+    """Shift+Enter in each of the first cells, one after the other: a wrong answer stops "run all", as it should."""
+    for cell in range(count):
+        page.locator(".jp-Notebook .jp-CodeCell .cm-content").nth(cell).click()
+        page.keyboard.press("Shift+Enter")
+        prompt = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt").nth(cell)
+        expect(prompt).to_have_text(re.compile(r"\[\d+\]:"), timeout=timeout_ms)

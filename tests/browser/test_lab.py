@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -12,8 +11,8 @@ import urllib.request
 
 import nbformat
 import pytest
-from lab_server import ROOT, free_port, lab_options, serve
-from nbformat.v4 import new_code_cell, new_notebook
+from lab_server import ROOT, free_port, lab_command, lab_options, run_cells, serve, wait_for_kernel, write_notebook
+from nbformat.v4 import new_code_cell
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(500)]
 STEPS = [
@@ -25,36 +24,15 @@ STEPS = [
 ]
 
 
-@pytest.fixture
-def expect(browser):
-    from playwright.sync_api import expect
-
-    return expect
-
-
-def wait_for_kernel(page):
-    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-    # keys that come before the kernel does are lost
-    page.get_by_text(re.compile(r"\| Idle")).first.wait_for()
-
-
 def test_a_students_hour(open_page, expect, picture, tmp_path):
     folder = tmp_path / "notebooks"
-    folder.mkdir()
-    notebook = new_notebook(cells=[new_code_cell(text) for text in STEPS])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, folder / "steps.ipynb")
+    write_notebook(folder / "steps.ipynb", STEPS)
     port = free_port()
-    command = [sys.executable, "-m", "jupyter", "lab", *lab_options(port)]
-    with serve(command, folder, port, tmp_path / "lab.log") as address:
+    with serve(lab_command(port), folder, port, tmp_path / "lab.log") as address:
         page, seen = open_page()
         page.goto(f"{address}/lab/tree/steps.ipynb")
         wait_for_kernel(page)
-        for cell in range(len(STEPS)):  # Shift+Enter in each: a wrong answer stops "run all", as it should
-            page.locator(".jp-Notebook .jp-CodeCell .cm-content").nth(cell).click()
-            page.keyboard.press("Shift+Enter")
-            prompt = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt").nth(cell)
-            expect(prompt).to_have_text(re.compile(r"\[\d+\]:"), timeout=90_000)
+        run_cells(page, expect, len(STEPS))
 
         title = page.locator(".js-plotly-plot .gtitle").first
         expect(title).to_have_text("4 bars")

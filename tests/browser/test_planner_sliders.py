@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 
 import nbformat
 import pytest
-from lab_server import ROOT, free_port, lab_options, serve
-from nbformat.v4 import new_code_cell, new_notebook
+from lab_server import ROOT, free_port, lab_command, run_cells, serve, wait_for_kernel, write_notebook
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(500)]
 
@@ -30,26 +28,15 @@ def drag(page, slider: int, end: float) -> None:
     page.mouse.up()
 
 
-def test_sliders_plan_anew(open_page, picture, tmp_path) -> None:
-    from playwright.sync_api import expect
-
+def test_sliders_plan_anew(open_page, expect, picture, tmp_path) -> None:
     folder = tmp_path / "notebooks"
-    folder.mkdir()
-    notebook = new_notebook(cells=[new_code_cell(text) for text in cells_of_the_picture()])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, folder / "picture.ipynb")
+    write_notebook(folder / "picture.ipynb", cells_of_the_picture())
     port = free_port()
-    command = [sys.executable, "-m", "jupyter", "lab", *lab_options(port)]
-    with serve(command, folder, port, tmp_path / "lab.log") as address:
+    with serve(lab_command(port), folder, port, tmp_path / "lab.log") as address:
         page, seen = open_page()
         page.goto(f"{address}/lab/tree/picture.ipynb")
-        page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-        page.get_by_text(re.compile(r"\| Idle")).first.wait_for()
-        for cell in range(2):
-            page.locator(".jp-Notebook .jp-CodeCell .cm-content").nth(cell).click()
-            page.keyboard.press("Shift+Enter")
-            prompt = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt").nth(cell)
-            expect(prompt).to_have_text(re.compile(r"\[\d+\]:"), timeout=90_000)
+        wait_for_kernel(page)
+        run_cells(page, expect, 2)
         title = page.locator(".js-plotly-plot .gtitle").first
         expect(title).to_contain_text("0.561 ms on the busiest rank")
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import sys
-
-import nbformat
 import pytest
-from lab_server import free_port, lab_options, serve
-from nbformat.v4 import new_code_cell, new_notebook
+from lab_server import free_port, lab_command, run_cells, serve, wait_for_kernel, write_notebook
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(500)]
 
@@ -28,37 +23,15 @@ recommender = TwoStageRecommender(data, split.train, tower, features, train_rati
 """
 
 
-@pytest.fixture
-def expect(browser):
-    from playwright.sync_api import expect
-
-    return expect
-
-
-def wait_for_kernel(page):
-    page.locator(".jp-Notebook .jp-Cell").first.wait_for()
-    page.get_by_text(re.compile(r"\| Idle")).first.wait_for()
-
-
 def test_pick_a_user_rate_films_and_see_the_list_change(open_page, expect, picture, tmp_path):
     folder = tmp_path / "notebooks"
-    folder.mkdir()
-    cells = [new_code_cell(SET_UP), new_code_cell("recommender_widget(recommender, user=41)")]
-    notebook = new_notebook(cells=cells)
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, folder / "widget.ipynb")
+    write_notebook(folder / "widget.ipynb", [SET_UP, "recommender_widget(recommender, user=41)"])
     port = free_port()
-    with serve(
-        [sys.executable, "-m", "jupyter", "lab", *lab_options(port)], folder, port, tmp_path / "lab.log"
-    ) as address:
+    with serve(lab_command(port), folder, port, tmp_path / "lab.log") as address:
         page, seen = open_page()
         page.goto(f"{address}/lab/tree/widget.ipynb")
         wait_for_kernel(page)
-        for cell in range(len(cells)):
-            page.locator(".jp-Notebook .jp-CodeCell .cm-content").nth(cell).click()
-            page.keyboard.press("Shift+Enter")
-            prompt = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt").nth(cell)
-            expect(prompt).to_have_text(re.compile(r"\[\d+\]:"), timeout=180_000)
+        run_cells(page, expect, 2, timeout_ms=180_000)
         output = page.locator(".jp-Notebook .jp-CodeCell").nth(1).locator(".jp-Cell-outputArea")
         output.scroll_into_view_if_needed()
         expect(output).to_contain_text("User number 41")

@@ -16,7 +16,7 @@ Suffixes: T tables, J (type, kernel) pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -310,11 +310,19 @@ def _too_big(needed: Array, cap: Array, sharding_type: str, local: int) -> str:
 
 def grouped_reasons(grid: OptionGrid, table: int) -> list[str]:
     """Why a table may not have the options it has not, one line for all options with one reason."""
+    return one_line_per_reason([(*pair, grid.rejections.get((table, j))) for j, pair in enumerate(grid.pairs)])
+
+
+def one_line_per_reason(options: Iterable[tuple[str, str, str | None]]) -> list[str]:
+    """(sharding type, kernel, reason) of all options to a line per reason; None is no reason.
+
+    >>> one_line_per_reason([("row_wise", "fused", "too big"), ("table_wise", "fused", "too big"), ("grid", "x", None)])
+    ['row_wise, table_wise: too big']
+    """
     groups: dict[str, dict[str, list[str]]] = {}
     kernels: dict[str, list[str]] = {}
-    for j, (sharding_type, kernel) in enumerate(grid.pairs):
+    for sharding_type, kernel, reason in options:
         kernels.setdefault(sharding_type, []).append(kernel)
-        reason = grid.rejections.get((table, j))
         if reason is not None:
             groups.setdefault(reason, {}).setdefault(sharding_type, []).append(kernel)
     return [f"{named_pairs(found, kernels)}: {reason}" for reason, found in groups.items()]

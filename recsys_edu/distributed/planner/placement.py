@@ -71,11 +71,16 @@ class Problem:
         return self.ms_UJ * self.count_UJ
 
     @cached_property
+    def all_bytes_UJ2(self) -> Array:
+        """Bytes over all ranks, of device and host memory."""
+        return self.bytes_UJ2 * self.count_UJ[..., None]
+
+    @cached_property
     def memory_UJ(self) -> Array:
         """Bytes over all ranks as a share of all there are; beside device memory, host memory counts little."""
         total = self.caps_W2.sum(axis=0)
         weights = np.array([1.0, HOST_MEMORY_WEIGHT if total[0] > 0 else 1.0])
-        return (self.bytes_UJ2 * self.count_UJ[..., None] / np.maximum(total, 1)) @ weights
+        return (self.all_bytes_UJ2 / np.maximum(total, 1)) @ weights
 
     def mask_of(self, unit: int) -> NDArray[np.bool_] | None:
         """[W] where the unit may lie; None: anywhere."""

@@ -55,7 +55,6 @@ def least_share(problem: Problem) -> float:
 
     For any weights of the two kinds of memory, the tables' least weighted bytes against the ranks' weighted bytes.
     """
-    bytes_UJ2 = problem.bytes_UJ2 * problem.count_UJ[..., None]
     total_2 = problem.caps_W2.sum(axis=0)
     if not problem.valid_UJ.any(axis=1).all():
         return math.inf
@@ -63,7 +62,7 @@ def least_share(problem: Problem) -> float:
     for weight in _WEIGHTS:
         weights_2 = np.array([weight, 1 - weight])
         there = float(total_2 @ weights_2)
-        least = np.where(problem.valid_UJ, bytes_UJ2 @ weights_2, np.inf).min(axis=1).sum()
+        least = np.where(problem.valid_UJ, problem.all_bytes_UJ2 @ weights_2, np.inf).min(axis=1).sum()
         if there > 0:
             shares.append(float(least) / there)
     return max(shares)
@@ -117,8 +116,7 @@ def _in_the_way(grid: OptionGrid, problem: Problem, impossible: Sequence[int]) -
 
 def _sizes(workload: Workload, topology: Topology, problem: Problem) -> Iterator[str]:
     """What the tables take, and what there is."""
-    bytes_UJ = (problem.bytes_UJ2 * problem.count_UJ[..., None]).sum(axis=-1)
-    least = np.where(problem.valid_UJ, bytes_UJ, np.inf).min(axis=1).sum()
+    least = np.where(problem.valid_UJ, problem.all_bytes_UJ2.sum(axis=-1), np.inf).min(axis=1).sum()
     hbm, ddr = problem.caps_W2.sum(axis=0)
     uses_host = bool((problem.valid_UJ & (problem.bytes_UJ2[..., 1] > 0)).any())
     there = [f"{show_bytes(hbm)} of HBM"] if hbm > 0 else []

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from recsys_edu.distributed.planner.cost import PHASES, Array
-from recsys_edu.distributed.planner.options import Place, named_pairs
+from recsys_edu.distributed.planner.options import Place, one_line_per_reason
 from recsys_edu.distributed.planner.placement import Placement
 from recsys_edu.distributed.planner.search import Found
 from recsys_edu.distributed.planner.topology import Topology
@@ -74,14 +74,10 @@ class Choice:
     @property
     def impossible(self) -> list[str]:
         """The options that cannot be, one line for all with one reason."""
-        kernels: dict[str, list[str]] = {self.sharding_type: [self.compute_kernel]}
-        groups: dict[str, dict[str, list[str]]] = {}
-        for alternative in self.alternatives:
-            kernels.setdefault(alternative.sharding_type, []).append(alternative.compute_kernel)
-            if alternative.cost_ms is None:
-                same = groups.setdefault(alternative.reason, {})
-                same.setdefault(alternative.sharding_type, []).append(alternative.compute_kernel)
-        return [f"{named_pairs(found, kernels)}: {reason}" for reason, found in groups.items()]
+        others = [
+            (a.sharding_type, a.compute_kernel, a.reason if a.cost_ms is None else None) for a in self.alternatives
+        ]
+        return one_line_per_reason([(self.sharding_type, self.compute_kernel, None), *others])
 
 
 @dataclass(frozen=True)

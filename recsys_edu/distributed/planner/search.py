@@ -197,7 +197,7 @@ class _Walk:
     def _fewest(self, cheap_U: Ints, frugal_U: Ints, units: Ints) -> int | None:
         """How many of `units` have to be frugal for all to fit into all ranks' memory together; None: never."""
         problem, all_units = self.problem, np.arange(len(cheap_U))
-        bytes_UJ2 = problem.bytes_UJ2 * problem.count_UJ[..., None]
+        bytes_UJ2 = problem.all_bytes_UJ2
         change_2 = bytes_UJ2[units, frugal_U[units]] - bytes_UJ2[units, cheap_U[units]]
         total_2 = bytes_UJ2[all_units, cheap_U].sum(axis=0) + np.concatenate([[[0, 0]], change_2.cumsum(axis=0)])
         fits = (total_2 <= problem.caps_W2.sum(axis=0)).all(axis=1)

@@ -245,3 +245,53 @@ def assert_all_equal(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> No
     assert len(actual) == len(expected)
     for index, (mine, theirs) in enumerate(zip(actual, expected)):
         assert torch.equal(mine, theirs), f"step {index}: {mine} is not {theirs}"
+
+
+class EveryOther:
+    """Gradients of two batches are added up before a step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.calls = optimizer, 0
+
+    def zero_grad(self) -> None:
+        if self.calls % 2 == 0:
+            self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        self.calls += 1
+        if self.calls % 2 == 0:
+            self.optimizer.step()
+
+
+def failing(batches: list[Any], at: int) -> Iterator[Any]:
+    """An iterator that raises in place of batch `at`, and can go on."""
+
+    class Failing:
+        position = -1
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self.position += 1
+            if self.position == at:
+                raise OSError("the disk is gone")
+            if self.position >= len(batches):
+                raise StopIteration
+            return batches[self.position]
+
+    return Failing()
+
+
+def steps_and_errors(pipeline: Any, batches: Iterable[Any], limit: int = 20) -> list[str]:
+    """What each progress did, until StopIteration."""
+    found, source = [], iter(batches) if isinstance(batches, list) else batches
+    for _ in range(limit):
+        try:
+            pipeline.progress(source)
+            found.append("step")
+        except StopIteration:
+            return found
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error} {' '.join(getattr(error, '__notes__', []))}")
+    raise AssertionError(f"no end: {found}")

@@ -13,12 +13,14 @@ from pipeline_cases import (
     ROWS,
     assert_all_equal,
     assert_same,
+    failing,
     keep_losses,
     make_batches,
     make_kjt,
     make_model,
     plain_loop,
     run_to_end,
+    steps_and_errors,
     weights_of,
 )
 
@@ -31,46 +33,12 @@ from recsys_edu.distributed.train_pipeline import (
 from recsys_edu.sparse.jagged_tensor import KeyedJaggedTensor
 
 
-def failing(batches: list[Any], at: int) -> Iterator[Any]:
-    """An iterator that raises in place of batch `at`, and can go on."""
-
-    class Failing:
-        position = -1
-
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            self.position += 1
-            if self.position == at:
-                raise OSError("the disk is gone")
-            if self.position >= len(batches):
-                raise StopIteration
-            return batches[self.position]
-
-    return Failing()
-
-
 def with_bad_id(batches: list[Any], at: int) -> list[Any]:
     good = batches[at].sparse_features
     values = good.values().clone()
     values[0] = ROWS
     batches[at].sparse_features = KeyedJaggedTensor(FEATURES, values, lengths=good.lengths(), stride=good.stride())
     return batches
-
-
-def steps_and_errors(pipeline: Any, batches: Iterator[Any], limit: int = 20) -> list[str]:
-    """What each progress did, until StopIteration."""
-    found = []
-    for _ in range(limit):
-        try:
-            pipeline.progress(batches)
-            found.append("step")
-        except StopIteration:
-            return found
-        except Exception as error:
-            found.append(f"{type(error).__name__}: {error} {' '.join(getattr(error, '__notes__', []))}")
-    raise AssertionError(f"no end: {found}")
 
 
 def one_rank_fails(rank: int, world_size: int, group, fault: str, at: int, threaded: bool) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from typing import Any
 
@@ -11,16 +10,19 @@ import torch
 from pipeline_cases import (
     CPU,
     NUM_TABLES,
+    EveryOther,
     TwoKjts,
     assert_all_equal,
     assert_same,
     bags,
+    failing,
     keep_losses,
     make_batches,
     make_kjt,
     make_model,
     plain_loop,
     run_to_end,
+    steps_and_errors,
     two_kjt_batches,
     weights_of,
 )
@@ -43,22 +45,6 @@ AHEAD = [TrainPipelineSparseDist, PrefetchTrainPipelineSparseDist]
 ALL = [TrainPipelineBase, *AHEAD]
 PATH = "model.sparse_arch.embedding_bag_collection"
 pytestmark = pytest.mark.ranks
-
-
-class EveryOther:
-    """Gradients of two batches are added up before a step."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer, self.calls = optimizer, 0
-
-    def zero_grad(self) -> None:
-        if self.calls % 2 == 0:
-            self.optimizer.zero_grad()
-
-    def step(self) -> None:
-        self.calls += 1
-        if self.calls % 2 == 0:
-            self.optimizer.step()
 
 
 def accumulate(rank: int, world_size: int, group, kind: type) -> None:
@@ -225,7 +211,9 @@ def test_copies_are_synchronised_as_in_the_plain_loop(ranks, every: int | None) 
 def one_copy_fails(rank: int, world_size: int, group, kind: type) -> list[str]:
     model, optimizer = copies(rank, world_size, group)
     pipeline = kind(model, optimizer, CPU)
-    return outcomes(pipeline, broken(make_batches(rank, 5, last=4), 2) if rank == 3 else make_batches(rank, 5, last=4))
+    return steps_and_errors(
+        pipeline, failing(make_batches(rank, 5, last=4), 2) if rank == 3 else make_batches(rank, 5, last=4)
+    )
 
 
 @pytest.mark.parametrize("kind", AHEAD)
@@ -237,7 +225,7 @@ def test_a_loader_that_fails_in_one_group_stops_the_batch_in_all(ranks, kind: ty
 
 def copies_end(rank: int, world_size: int, group, kind: type, counts: list[int]) -> list[str]:
     model, optimizer = copies(rank, world_size, group)
-    return outcomes(kind(model, optimizer, CPU), make_batches(rank, counts[rank], last=4))
+    return steps_and_errors(kind(model, optimizer, CPU), make_batches(rank, counts[rank], last=4))
 
 
 @pytest.mark.parametrize("kind", AHEAD)
@@ -252,42 +240,10 @@ def test_a_group_or_a_rank_with_fewer_batches_is_named(ranks, kind: type, counts
 # ---------------------------------------------------------------- faults
 
 
-def broken(batches: list[Any], at: int) -> Any:
-    """Raises in place of batch `at`, and goes on after it."""
-    numbers = itertools.count()
-
-    class Broken:
-        def __iter__(self):
-            return self
-
-        def __next__(self):
-            number = next(numbers)
-            if number == at:
-                raise OSError("the disk is gone")
-            if number >= len(batches):
-                raise StopIteration
-            return batches[number]
-
-    return Broken()
-
-
-def outcomes(pipeline: Any, batches: Any) -> list[str]:
-    found, source = [], iter(batches)
-    for _ in range(20):
-        try:
-            pipeline.progress(source)
-            found.append("step")
-        except StopIteration:
-            return found
-        except Exception as error:
-            found.append(f"{type(error).__name__}: {error} {' '.join(getattr(error, '__notes__', []))}")
-    raise AssertionError(f"no end: {found}")
-
-
 def a_rank_fails(rank: int, world_size: int, group, kind: type, at: int) -> list[str]:
     model, optimizer = make_model("dlrm", world_size)
     batches = make_batches(rank, 6, last=4)
-    return outcomes(kind(model, optimizer, CPU), broken(batches, at) if rank == 1 else batches)
+    return steps_and_errors(kind(model, optimizer, CPU), failing(batches, at) if rank == 1 else batches)
 
 
 @pytest.mark.parametrize("kind", [PrefetchTrainPipelineSparseDist, EvalPipelineSparseDist])
@@ -300,7 +256,7 @@ def test_a_failing_loader_stops_its_batch_on_all_ranks(ranks, kind: type, at: in
 
 def unequal(rank: int, world_size: int, group, kind: type, counts: list[int]) -> list[str]:
     model, optimizer = make_model("dlrm", world_size)
-    return outcomes(kind(model, optimizer, CPU), make_batches(rank, counts[rank], last=4))
+    return steps_and_errors(kind(model, optimizer, CPU), make_batches(rank, counts[rank], last=4))
 
 
 @pytest.mark.parametrize("kind", [PrefetchTrainPipelineSparseDist, EvalPipelineSparseDist])
@@ -377,7 +333,7 @@ def nothing_pipelined_fails(rank: int, world_size: int, group) -> list[str]:
     batches = make_batches(rank, 5, last=4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return outcomes(pipeline, broken(batches, 3) if rank == 1 else batches)
+        return steps_and_errors(pipeline, failing(batches, 3) if rank == 1 else batches)
 
 
 def test_a_failing_loader_is_told_where_nothing_is_pipelined(ranks) -> None:
@@ -394,7 +350,7 @@ def bad_lengths(rank: int, world_size: int, group) -> list[str]:
         lengths = good.lengths().clone()
         lengths[0] -= 9
         batches[2].sparse_features = KeyedJaggedTensor(good.keys(), good.values(), lengths=lengths, stride=4)
-    return outcomes(TrainPipelineSparseDist(model, optimizer, CPU), batches)
+    return steps_and_errors(TrainPipelineSparseDist(model, optimizer, CPU), batches)
 
 
 def test_bad_lengths_stop_their_batch_on_all_ranks(ranks) -> None:

@@ -11,6 +11,7 @@ import torch
 from pipeline_cases import (
     CPU,
     FEATURES,
+    EveryOther,
     assert_all_equal,
     assert_same,
     keep_losses,
@@ -152,19 +153,6 @@ def test_losses_that_are_none_or_many(kind) -> None:
 
 def test_gradient_accumulation_by_the_optimizer() -> None:
     """Two batches per step, through an object in the optimizer's place."""
-
-    class EveryOther:
-        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-            self.optimizer, self.calls = optimizer, 0
-
-        def zero_grad(self) -> None:
-            if self.calls % 2 == 0:
-                self.optimizer.zero_grad()
-
-        def step(self) -> None:
-            self.calls += 1
-            if self.calls % 2 == 0:
-                self.optimizer.step()
 
     results = []
     for kind in (None, *ALL):
