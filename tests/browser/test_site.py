@@ -74,10 +74,12 @@ def course(tmp_path_factory):
     )
     plotly = {"application/vnd.plotly.v1+json": FIGURE}
     slider = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "IntSlider()"}
+    wide = {"text/plain": "'" + "x" * 400 + "'"}
     for run in (False, True):
-        cells = [new_code_cell("draw()"), new_code_cell("slide()"), new_markdown_cell("Then [on](01_second.ipynb).")]
+        cells = [new_code_cell("draw()"), new_code_cell("slide()"), new_code_cell("'x' * 400")]
         if run:
-            cells = [with_output(cells[0], plotly), with_output(cells[1], slider), cells[2]]
+            cells = [with_output(cell, data) for cell, data in zip(cells, (plotly, slider, wide))]
+        cells.append(new_markdown_cell("Then [on](01_second.ipynb)."))
         folder = root / "notebooks" / ("out" if run else ".")
         nbformat.write(course_notebook("00 First", *cells, run=run), folder / "00_first.ipynb")
     second = course_notebook("01 Second", new_code_cell("1 + 1"), new_markdown_cell(SOLUTIONS), run=False)
@@ -204,6 +206,15 @@ def test_pages_opened_as_files_draw_their_figures_and_fit_a_phone(site, open_pag
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     assert dark == (scheme == "dark")
     assert not seen.errors and not seen.elsewhere
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1100, 1440])
+def test_a_wide_output_is_pushed_by_itself(site, open_page, width):
+    page, _ = open_page(width, 900, offline=True)
+    page.goto((site / "notebooks" / "00_first.html").as_uri())
+    page.locator(".js-plotly-plot .gtitle").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
 @pytest.mark.browser
