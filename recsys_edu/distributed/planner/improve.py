@@ -25,6 +25,7 @@ MOST_PAIRED = 14  # rectangles of a rank that are exchanged in pairs
 PATIENCE = 4  # attempts in a row that were in vain; more where the plan is far from the bound
 MOST_PATIENCE = 16
 GOOD_ENOUGH = 1.001
+DOUBLINGS = 7  # of the exponent with which loads count in `unevenness`
 
 
 def improve(start: Placement, bound_ms: float, thorough: bool = True) -> tuple[Placement, int]:
@@ -88,8 +89,20 @@ def shake(start: Placement, bound_ms: float, rounds: int) -> tuple[Placement, in
 def _better(plan: Placement, other: Placement) -> bool:
     """Cheaper; or as cheap and more even."""
     mine, theirs = plan.cost_ms, other.cost_ms
-    evener = float((plan.load_W**2).sum()) < float((other.load_W**2).sum()) * (1 - 1e-9)
+    evener = unevenness(plan.load_W, theirs) < unevenness(other.load_W, theirs) * (1 - 1e-9)
     return mine < theirs * (1 - 1e-9) or (mine <= theirs * (1 + 1e-9) and evener)
+
+
+def unevenness(load_W: Array, top: float) -> float:
+    """How many ranks are about as busy as the busiest: the sum of (load / top)^128.
+
+    It falls when one of several equally busy ranks is relieved, also where that makes more work for ranks with time to
+    spare; the sum of squares would not.
+    """
+    share_W = load_W / top
+    for _ in range(DOUBLINGS):
+        share_W = share_W * share_W
+    return float(share_W.sum())
 
 
 def _rebuild(plan: Placement, options_UJ: NDArray[np.bool_], units: list[int]) -> bool:
@@ -208,24 +221,24 @@ def _recut(plan: Placement, rank: int, units: list[int]) -> tuple[int, bool]:
     """Another option for one of the units on `rank`; (options looked at, whether one helped)."""
     problem = plan.problem
     heaviest = sorted(units, key=lambda u: -problem.ms_UJ[u, plan.choice_U[u]])[:MOST_UNITS]
-    before = (plan.cost_ms * (1 - 1e-9), float((plan.load_W**2).sum()) * (1 - 1e-9))
+    top = plan.cost_ms
+    before = (top * (1 - 1e-9), unevenness(plan.load_W, top) * (1 - 1e-9))
     best: tuple[float, float, int, int, np.ndarray] | None = None
     tried, options_UJ = 0, promising(plan)
     for unit in heaviest:
         old, old_ranks = int(plan.choice_U[unit]), plan.ranks_U[unit]
         plan.remove(unit)
-        if plan.cost_ms < before[0] or len(old_ranks) > 1:
-            for column in np.flatnonzero(options_UJ[unit]).tolist():
-                tried += 1
-                ranks = plan.find(unit, column)
-                if ranks is None or (column == old and np.array_equal(ranks, old_ranks)):
-                    continue
-                load_W = plan.load_W.copy()
-                np.add.at(load_W, ranks, problem.ms_UJ[unit, column] * problem.slowness_W[ranks])
-                cost, evenness = float(load_W.max()), float((load_W**2).sum())
-                helps = cost < before[0] or (cost <= before[0] * (1 + 1e-9) and evenness < before[1])
-                if helps and (best is None or (cost, evenness) < best[:2]):
-                    best = (cost, evenness, unit, column, ranks)
+        for column in np.flatnonzero(options_UJ[unit]).tolist():
+            tried += 1
+            ranks = plan.find(unit, column)
+            if ranks is None or (column == old and np.array_equal(ranks, old_ranks)):
+                continue
+            load_W = plan.load_W.copy()
+            np.add.at(load_W, ranks, problem.ms_UJ[unit, column] * problem.slowness_W[ranks])
+            cost, evenness = float(load_W.max()), unevenness(load_W, top)
+            helps = cost < before[0] or (cost <= before[0] * (1 + 1e-9) and evenness < before[1])
+            if helps and (best is None or (cost, evenness) < best[:2]):
+                best = (cost, evenness, unit, column, ranks)
         plan.put(unit, old, old_ranks)
     if best is None:
         return tried, False

@@ -26,6 +26,7 @@ from recsys_edu.distributed.planner.topology import Topology
 Ints = NDArray[np.int64]
 
 HOST_MEMORY_WEIGHT = 0.1
+NO_RANKS = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,16 @@ class Placement:
         self.load_W = np.zeros(problem.world_size)
         self.free_W2 = problem.caps_W2.copy()
         self.choice_U = np.full(len(problem.units), -1)
-        self.ranks_U: list[Ints] = [np.empty(0, np.int64)] * len(problem.units)
-        self.home_U = np.full(len(problem.units), -1)  # the rank of a unit of one rectangle, else -1
+        self.ranks_U: list[Ints] = [NO_RANKS] * len(problem.units)
+        self._holds_WU: NDArray[np.bool_] | None = None  # made when first asked for: most plans are never improved
+        self.fair: tuple[float, float] | None = None  # a rank's share of all work and of all memory; see `place_all`
 
     def copy(self) -> Placement:
         twin = Placement.__new__(Placement)
         twin.problem = self.problem
         twin.load_W, twin.free_W2, twin.choice_U = self.load_W.copy(), self.free_W2.copy(), self.choice_U.copy()
-        twin.ranks_U, twin.home_U = list(self.ranks_U), self.home_U.copy()
+        twin.ranks_U, twin.fair = list(self.ranks_U), self.fair
+        twin._holds_WU = None if self._holds_WU is None else self._holds_WU.copy()
         return twin
 
     @property
@@ -155,23 +158,24 @@ class Placement:
         """Charge these ranks, one per rectangle, for the unit."""
         self._charge(unit, column, ranks, 1)
         self.choice_U[unit], self.ranks_U[unit] = column, ranks
-        self.home_U[unit] = ranks[0] if len(ranks) == 1 else -1
+        if self._holds_WU is not None:
+            self._holds_WU[ranks, unit] = True
 
     def units_on(self, rank: int) -> list[int]:
         """The units with a rectangle on `rank`."""
-        cut = [u for u in np.flatnonzero(self.home_U < 0).tolist() if self._holds(u, rank)]
-        return sorted([*np.flatnonzero(self.home_U == rank).tolist(), *cut])
-
-    def _holds(self, unit: int, rank: int) -> bool:
-        ranks = self.ranks_U[unit]
-        if self.problem.places_J[self.choice_U[unit]] is Place.UNIFORM and self.problem.ranks_U[unit] is None:
-            return True
-        return bool((ranks == rank).any())
+        if self._holds_WU is None:
+            self._holds_WU = np.zeros((self.problem.world_size, len(self.ranks_U)), bool)
+            for unit, ranks in enumerate(self.ranks_U):
+                self._holds_WU[ranks, unit] = True
+        return self._holds_WU[rank].nonzero()[0].tolist()
 
     def remove(self, unit: int) -> None:
-        self._charge(unit, int(self.choice_U[unit]), self.ranks_U[unit], -1)
-        self.choice_U[unit] = self.home_U[unit] = -1
-        self.ranks_U[unit] = np.empty(0, np.int64)
+        """The opposite of `put`."""
+        ranks = self.ranks_U[unit]
+        self._charge(unit, int(self.choice_U[unit]), ranks, -1)
+        self.choice_U[unit], self.ranks_U[unit] = -1, NO_RANKS
+        if self._holds_WU is not None:
+            self._holds_WU[ranks, unit] = False
 
     def _charge(self, unit: int, column: int, ranks: Ints, sign: int) -> None:
         ms, sizes = self.problem.ms_UJ[unit, column], self.problem.bytes_UJ2[unit, column]
@@ -242,6 +246,14 @@ class Placement:
         load_HL, free_HL2 = self.load_W.reshape(-1, local), self.free_W2.reshape(-1, local, 2)
         return load_HL.copy(), free_HL2.copy(), self.problem.slowness_W.reshape(-1, local), allowed_H
 
+    def _fullness(self, load_HL: Array, free_HL2: Array) -> Array:
+        """What makes a rank less welcome: its load, or, where shares are given, that or its memory."""
+        if self.fair is None:
+            return load_HL
+        ms, share = self.fair
+        caps_HL2 = np.maximum(self.problem.caps_W2.reshape(free_HL2.shape), 1)
+        return np.maximum(load_HL / ms, (1 - free_HL2 / caps_HL2).max(axis=-1) / share)
+
     def _find_host(self, ms: float, need_2: Array, count: int, mask_W: NDArray[np.bool_] | None) -> Ints | None:
         """All rectangles on the one host where they end lowest, each there on the least loaded rank."""
         load_HL, free_HL2, slow_HL, ok_H = self._by_host(mask_W)
@@ -249,15 +261,15 @@ class Placement:
         picks = []
         for _ in range(count):
             fits_HL = (free_HL2 >= need_2).all(axis=-1)
-            after_HL = np.where(fits_HL, load_HL + ms * slow_HL, np.inf)
-            place_H = after_HL.argmin(axis=1)
+            after_HL = self._fullness(load_HL + ms * slow_HL, free_HL2 - need_2)
+            place_H = np.where(fits_HL, after_HL, np.inf).argmin(axis=1)
             ok_H = ok_H & fits_HL[hosts, place_H]
-            load_HL[hosts, place_H] = after_HL[hosts, place_H]
+            load_HL[hosts, place_H] += ms * slow_HL[hosts, place_H]
             free_HL2[hosts, place_H] -= need_2
             picks.append(place_H)
         if not ok_H.any():
             return None
-        host = int(np.where(ok_H, load_HL.max(axis=1), np.inf).argmin())
+        host = int(np.where(ok_H, self._fullness(load_HL, free_HL2).max(axis=1), np.inf).argmin())
         return np.array([host * self.problem.local_size + place_H[host] for place_H in picks])
 
     def _find_host_rows(self, ms: float, need_2: Array, blocks: int, mask_W: NDArray[np.bool_] | None) -> Ints | None:
@@ -268,7 +280,8 @@ class Placement:
             fits_H = ok_H & (free_HL2 >= need_2).all(axis=(1, 2))
             if not fits_H.any():
                 return None
-            host = int(np.where(fits_H, (load_HL + ms * slow_HL).max(axis=1), np.inf).argmin())
+            after_HL = self._fullness(load_HL + ms * slow_HL, free_HL2 - need_2)
+            host = int(np.where(fits_H, after_HL.max(axis=1), np.inf).argmin())
             load_HL[host] += ms * slow_HL[host]
             free_HL2[host] -= need_2
             ranks.append(np.arange(host * local, (host + 1) * local))
@@ -296,6 +309,13 @@ def place_all(problem: Problem, choice_U: Ints, by_memory: bool = False) -> Plac
     if (state.free_W2 < 0).any():
         taken_U = np.where(everywhere_U, bytes_U2.sum(axis=1), -1)
         return int(taken_U.argmax())
+    if by_memory:
+        count_U = problem.count_UJ[units, choice_U]
+        share_2 = (bytes_U2 * count_U[:, None]).sum(axis=0) / np.maximum(problem.caps_W2.sum(axis=0), 1)
+        state.fair = (
+            max(float((ms_U * count_U).sum()) / problem.world_size, 1e-12),
+            max(float(share_2.max()), 1e-12),
+        )
     size_U = (bytes_U2 / np.maximum(problem.caps_W2.max(axis=0), 1)).max(axis=1) if by_memory else ms_U
     single_U = (place_U == Place.DEVICE) & ~pinned_U
     order = np.lexsort((-size_U, single_U, ~pinned_U))
@@ -305,6 +325,7 @@ def place_all(problem: Problem, choice_U: Ints, by_memory: bool = False) -> Plac
         if ranks is None:
             return unit
         state.put(unit, column, ranks)
+    state.fair = None
     failed = _place_single(state, order[single_U[order]].tolist(), ms_U, bytes_U2)
     return state if failed is None else failed
 
@@ -321,13 +342,19 @@ def _place_single(state: Placement, units: Sequence[int], ms_U: Array, bytes_U2:
     ms_list, bytes_list = ms_U.tolist(), bytes_U2.tolist()
     heap = list(zip(load, range(len(load))))
     heapq.heapify(heap)
+    full: list[tuple[float, int]] = []  # those without room for the unit before; they have none for a larger one either
+    last_hbm = last_ddr = 0.0
     for unit in units:
         ms, (need_hbm, need_ddr) = ms_list[unit], bytes_list[unit]
+        if full and (need_hbm < last_hbm or need_ddr < last_ddr):
+            for entry in full:
+                heapq.heappush(heap, entry)
+            full = []
+        last_hbm, last_ddr = need_hbm, need_ddr
         ranks = []
         for _ in range(count_U[unit]):
-            skipped = []
             while heap and (hbm[heap[0][1]] < need_hbm or ddr[heap[0][1]] < need_ddr):
-                skipped.append(heapq.heappop(heap))
+                full.append(heapq.heappop(heap))
             if not heap:
                 return unit
             rank = heap[0][1]
@@ -336,10 +363,7 @@ def _place_single(state: Placement, units: Sequence[int], ms_U: Array, bytes_U2:
             ddr[rank] -= need_ddr
             heapq.heapreplace(heap, (load[rank], rank))
             ranks.append(rank)
-            for entry in skipped:
-                heapq.heappush(heap, entry)
         state.ranks_U[unit] = np.array(ranks)
-        state.home_U[unit] = ranks[0] if len(ranks) == 1 else -1
     state.load_W = np.array(load)
     state.free_W2 = np.stack([hbm, ddr], axis=1)
     return None

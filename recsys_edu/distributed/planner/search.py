@@ -32,6 +32,7 @@ SHARES = (1.0, 0.55, 0.1)
 """Of a rank's memory, for one rectangle: two that fill a rank leave no room for anything quick beside them."""
 
 TIGHT = 0.3  # of all memory: below it only the first share is tried
+IDLE = 1.03  # the busiest rank's load over the mean above which full ranks are looked for
 MOST_CEILINGS = 14
 FINALISTS = 3
 MOST_REPAIRS = 12
@@ -138,6 +139,8 @@ def _proposals(walk: _Walk) -> Iterator[None]:
                 yield walk.visit(ceiling, share)
     for column in range(len(walk.problem.places_J)):
         yield walk.visit_alike(column)
+    if walk.plans:
+        yield walk.make_room()
 
 
 class _Walk:
@@ -173,11 +176,7 @@ class _Walk:
         Tables alike get options alike at any price, so without this either all or none of them would leave the device.
         Where the frugal choice does not fit either (the host is full), as many as the device needs.
         """
-        problem = self.problem
-        units = np.flatnonzero(cheap_U != frugal_U)
-        saved = problem.memory_UJ[units, cheap_U[units]] - problem.memory_UJ[units, frugal_U[units]]
-        added = problem.work_UJ[units, frugal_U[units]] - problem.work_UJ[units, cheap_U[units]]
-        units = units[np.argsort(added / np.maximum(saved, 1e-12), kind="stable")]
+        units = self._by_saving(cheap_U, frugal_U)
 
         def fits(count: int) -> bool:
             mixed_U = cheap_U.copy()
@@ -203,6 +202,55 @@ class _Walk:
         fits = (total_2 <= problem.caps_W2.sum(axis=0)).all(axis=1)
         return int(fits.argmax()) if fits.any() else None
 
+    def make_room(self) -> None:
+        """Mixtures of the best plan so far with a more frugal choice, if full ranks stand idle while others work.
+
+        That it all fits does not mean that memory has no price: a rank that two rectangles fill takes no other work.
+        """
+        cost, ceiling, best = min(self.plans, key=lambda plan: plan[0])
+        if not fills_idle_ranks(best):
+            return
+        problem, all_units, cheap_U = self.problem, np.arange(len(best.choice_U)), best.choice_U
+        seen = set()
+        for price in PRICES[1:]:
+            frugal_U = choose(problem, ceiling, price * self._scale)
+            saves_U = problem.memory_UJ[all_units, frugal_U] < problem.memory_UJ[all_units, cheap_U]
+            frugal_U = np.where(saves_U, frugal_U, cheap_U)
+            if not saves_U.any() or frugal_U.tobytes() in seen:
+                continue
+            seen.add(frugal_U.tobytes())
+            self._best_mixture(cheap_U, frugal_U, ceiling, cost)
+            if len(seen) == 2:
+                return
+
+    def _best_mixture(self, cheap_U: Ints, frugal_U: Ints, ceiling: float, cost: float) -> None:
+        """How many of the units had best be frugal: a look at a few numbers, then closer around the best of them."""
+        units = self._by_saving(cheap_U, frugal_U)
+        costs = {0: cost}
+        low, high = 0, len(units)
+        while True:
+            wanted = [low + int(i) for i in _spread(high - low + 1, 5)]
+            new = [count for count in wanted if count not in costs]
+            if not new:
+                return
+            for count in new:
+                mixed_U = cheap_U.copy()
+                mixed_U[units[:count]] = frugal_U[units[:count]]
+                known = len(self.plans)
+                self._try(mixed_U, ceiling)
+                costs[count] = self.plans[-1][0] if len(self.plans) > known else np.inf
+            known_counts = sorted(costs)
+            best = min(range(len(known_counts)), key=lambda i: costs[known_counts[i]])
+            low, high = known_counts[max(best - 1, 0)], known_counts[min(best + 1, len(known_counts) - 1)]
+
+    def _by_saving(self, cheap_U: Ints, frugal_U: Ints) -> Ints:
+        """The units whose choices differ, those first whose memory is saved with the least additional work."""
+        problem = self.problem
+        units = np.flatnonzero(cheap_U != frugal_U)
+        saved = problem.memory_UJ[units, cheap_U[units]] - problem.memory_UJ[units, frugal_U[units]]
+        added = problem.work_UJ[units, frugal_U[units]] - problem.work_UJ[units, cheap_U[units]]
+        return units[np.argsort(added / np.maximum(saved, 1e-12), kind="stable")]
+
     def visit_alike(self, column: int) -> None:
         """The same option for every unit that has it."""
         cheapest_U = choose(self.problem, np.inf, PRICES[self._first_price] * self._scale)
@@ -211,7 +259,7 @@ class _Walk:
     def _try(self, choice_U: Ints, ceiling: float) -> bool:
         key = choice_U.tobytes()
         if key in self._seen:
-            return False
+            return self._seen[key]
         self.num_proposals += 1
         placement = place_with_repairs(self.problem, choice_U)
         self._seen[key] = placement is not None
@@ -252,8 +300,10 @@ def place_with_repairs(problem: Problem, choice_U: Ints) -> Placement | None:
     share_UJ = np.where(problem.valid_UJ, share_UJ, np.inf)
     for _ in range(MOST_REPAIRS):
         placed = place_all(problem, choice_U)
-        if isinstance(placed, int):
-            placed = place_all(problem, choice_U, by_memory=True)
+        if isinstance(placed, int) or fills_idle_ranks(placed):
+            by_memory = place_all(problem, choice_U, by_memory=True)
+            if isinstance(placed, int) or (not isinstance(by_memory, int) and by_memory.cost_ms < placed.cost_ms):
+                placed = by_memory
         if not isinstance(placed, int):
             return placed
         smaller_J = share_UJ[placed] < share_UJ[placed, choice_U[placed]] * (1 - 1e-9)
@@ -261,6 +311,14 @@ def place_with_repairs(problem: Problem, choice_U: Ints) -> Placement | None:
             return None
         choice_U[placed] = np.where(smaller_J, problem.work_UJ[placed], np.inf).argmin()
     return None
+
+
+def fills_idle_ranks(plan: Placement) -> bool:
+    """Whether much memory is used and the busiest rank does clearly more than the mean: full ranks may stand idle."""
+    problem = plan.problem
+    mean = float((plan.load_W / problem.slowness_W).sum() / (1 / problem.slowness_W).sum())
+    used = float((1 - plan.free_W2.sum(axis=0) / np.maximum(problem.caps_W2.sum(axis=0), 1)).max())
+    return plan.cost_ms > mean * IDLE and used > TIGHT
 
 
 def _ceilings(problem: Problem) -> Array:
