@@ -21,9 +21,9 @@ from typing import Any
 
 from recsys_edu.datasets.download import DataUnavailableError
 from recsys_edu.distributed.checkpoint import CheckpointError
+from recsys_edu.interrupts import ends_when_interrupted, program_name
 
 MOST_LINES = 3  # of an error
-INTERRUPTED = 130  # what a shell reports for a program that was ended by Ctrl-C
 
 
 class CommandLineError(ValueError):
@@ -151,25 +151,21 @@ def one_line(error: BaseException) -> str:
 
 
 def run_program(main: Callable[[], object]) -> None:
-    """`main()` as a program: a mistake of its user ends it with one line and status 2, Ctrl-C with 130.
+    """`main()` as a program: a mistake of its user ends it with one line and status 2, Ctrl-C with one line and 130.
 
     Under torchrun any other error is kept for its report, with the rank's traceback.
     """
-    rank = f", rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-    name = f"{Path(sys.argv[0]).stem}{rank}"
 
     def guarded() -> None:
         try:
             main()
         except CommandLineError as mistake:
-            print(f"{name}: error: {mistake}", file=sys.stderr, flush=True)
+            print(f"{program_name()}: error: {mistake}", file=sys.stderr, flush=True)
             sys.exit(2)
-        except KeyboardInterrupt:
-            print(f"\n{name}: interrupted", file=sys.stderr, flush=True)
-            sys.exit(INTERRUPTED)
 
-    if rank:
+    if "RANK" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record
 
         guarded = record(guarded)
-    guarded()
+    with ends_when_interrupted():
+        guarded()

@@ -12,7 +12,9 @@ recsys_edu grade returned/ --out grades.csv
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,11 +65,23 @@ def demo(arguments: list[str]) -> int:
 def train_sharded(ranks: int = 2) -> int:
     """DLRM on MovieLens with its tables sharded over real ranks, through torchrun."""
     print(f"\nthe same data, the tables sharded over {ranks} processes:", flush=True)
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, "-m", *launcher, "-m", "recsys_edu.examples.train_dlrm", "--epochs", "1"]
     # one thread for each rank; no remark of torch's about a setting that the program has chosen
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    return subprocess.run(command, env=environment, check=False).returncode
+    os.environ.update(OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    try:
+        torchrun(
+            ["--standalone", "--nproc-per-node", str(ranks), "-m", "recsys_edu.examples.train_dlrm", "--epochs", "1"]
+        )
+    except SignalException as interrupt:  # torchrun has ended its ranks
+        raise KeyboardInterrupt from interrupt
+    except ChildFailedError as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    return 0
 
 
 def bench(arguments: list[str]) -> int:
@@ -78,10 +92,22 @@ def bench(arguments: list[str]) -> int:
     if not scripts:
         print(f"no benchmark in {folder} matches {' '.join(arguments) or '*.py'}", file=sys.stderr)
         return 2
-    failed = [path.name for path in scripts if subprocess.run([sys.executable, str(path)], check=False).returncode]
+    failed = [path.name for path in scripts if run_script(path)]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def run_script(path: Path) -> int:
+    """Its exit status; an interrupt is ours alone, and ends the script with all that it has started."""
+    apart = {} if os.name == "nt" else {"process_group": 0}
+    script = subprocess.Popen([sys.executable, str(path)], **apart)
+    try:
+        return script.wait()
+    except BaseException:
+        os.killpg(script.pid, signal.SIGKILL) if apart else script.kill()
+        script.wait()
+        raise
 
 
 def student(arguments: list[str]) -> int:
@@ -128,4 +154,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from recsys_edu.__main__ import main as program
+
+    sys.exit(program())

@@ -146,7 +146,7 @@ def test_both_builds_at_once(situation):
 
 def test_the_console_command_is_what_these_tests_run():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["scripts"] == {"recsys_edu": "recsys_edu.notebook.cli:main"}
+    assert project["scripts"] == {"recsys_edu": "recsys_edu.__main__:main"}
 
 
 def test_there_is_help_for_who_does_not_know_the_commands(situation):
