@@ -33,9 +33,9 @@ class SlowLink:
             transfer = self._start(send, send_W, receive_W, label, *more)
 
         def finish() -> None:
-            transfer.finish()
-            if (rest := due - time.perf_counter()) > 0:
-                with span("wait", label):
+            with span("wait", label):  # the exchange's own span lies inside; a timeline takes both for one
+                transfer.finish()
+                if (rest := due - time.perf_counter()) > 0:
                     time.sleep(rest)
 
         return Transfer(transfer.received, finish)

@@ -255,14 +255,16 @@ def _name_and_bytes(name: str) -> tuple[str, int]:
 
 
 def _with_depth(host: Sequence[Span]) -> list[Span]:
-    """`host`, sorted by start, with the number of spans around each."""
-    open_ends: list[float] = []
+    """`host`, sorted by start, with the number of spans around each; a slow link's wait and the one inside it are one."""
+    around: list[Span] = []
     found = []
     for span in host:
-        while open_ends and open_ends[-1] <= span.start_ms:
-            open_ends.pop()
-        found.append(replace(span, depth=len(open_ends)))
-        open_ends.append(span.end_ms)
+        while around and around[-1].end_ms <= span.start_ms:
+            around.pop()
+        if around and span.name.startswith(WAIT) and span.name == around[-1].name:
+            continue
+        found.append(replace(span, depth=len(around)))
+        around.append(span)
     return found
 
 

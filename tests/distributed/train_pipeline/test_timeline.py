@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
 from pipeline_cases import CPU, make_batches, make_model
 
 from recsys_edu.distributed import spans
-from recsys_edu.distributed.slow_link import slow_link
+from recsys_edu.distributed.exchange import Transfer
+from recsys_edu.distributed.slow_link import SlowLink, slow_link
 from recsys_edu.distributed.timeline import (
     HOST,
     NETWORK,
@@ -145,6 +148,9 @@ def test_real_ranks_are_recorded(ranks, kind: str, tmp_path) -> None:
         assert {"start input", "exchange input"} <= names or kind == "base"
         started = [(s.name.removeprefix("start "), s.num_bytes) for s in mine.spans if s.name.startswith("start ")]
         assert [item for item in started if item[0] != "input"] == log
+        waits = [span for span in mine.spans if span.name.startswith("wait ")]
+        assert len(log) - 2 <= len(waits) <= len(log) + 2  # one each, whatever part of it the link's delay takes
+        assert all(late.start_ms >= early.end_ms for early, late in pairwise(waits))
         transfers = [span for span in mine.spans if span.stream == NETWORK and span.name != "gloo:all_reduce"]
         assert len(log) - 2 <= len(transfers) <= len(log)
         assert all(span.duration_ms >= 0.99 * DELAY_MS for span in transfers)
@@ -169,6 +175,28 @@ def test_the_link_is_fast_again_afterwards() -> None:
     with slow_link(model, 5.0):
         assert exchange.start != before
     assert exchange.start == before and "start" not in vars(exchange)
+
+
+@pytest.mark.parametrize("already", [0.0, 60.0])
+def test_a_wait_on_a_slow_link_is_one_wait(already: float) -> None:
+    class Exchange:
+        def start(self, send: torch.Tensor, *_: object) -> Transfer:
+            def finish() -> None:
+                with spans.span("wait", "sizes"):
+                    time.sleep(0.010)
+
+            return Transfer(send, finish)
+
+    link = SlowLink(Exchange(), 40.0)
+
+    def run() -> None:
+        transfer = link.start(torch.ones(1), [1], [1], "sizes")
+        time.sleep(already / 1e3)
+        transfer.wait()
+
+    (wait,) = [span for span in record_timeline(run, rank=0).spans if span.stream == HOST]
+    assert wait.name == "wait sizes" and wait.depth == 0
+    assert wait.duration_ms >= (9.9 if already else 39)  # the exchange's own time and the rest of the delay
 
 
 def order_of_output(rank: int, world_size: int, group) -> list[str]:
