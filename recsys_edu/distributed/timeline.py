@@ -255,7 +255,7 @@ def _name_and_bytes(name: str) -> tuple[str, int]:
 
 
 def _with_depth(host: Sequence[Span]) -> list[Span]:
-    """`host`, sorted by start, with the number of spans around each; a slow link's wait and the one inside it are one."""
+    """`host`, sorted by start, with the number of spans around each; a wait inside the same wait is one with it."""
     around: list[Span] = []
     found = []
     for span in host:
