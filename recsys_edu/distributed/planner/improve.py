@@ -132,26 +132,31 @@ def _movable(plan: Placement, unit: int) -> bool:
 
 def _move_or_swap(plan: Placement, rank: int, units: list[int], pairs: bool) -> bool:
     """One rectangle of `rank` to another rank, perhaps against a lighter one from there; True where it helped."""
-    problem = plan.problem
     mine = [u for u in units if _movable(plan, u)]
-    top, slow_W = plan.load_W[rank], problem.slowness_W
-    best = (top * (1 - 1e-9), None)
-    for unit in mine:
-        ms, need_2 = problem.ms_UJ[unit, plan.choice_U[unit]], problem.bytes_UJ2[unit, plan.choice_U[unit]]
-        fits_W = (plan.free_W2 >= need_2).all(axis=1)
-        mask_W = problem.mask_of(unit)
-        fits_W = fits_W if mask_W is None else fits_W & mask_W
-        fits_W[rank] = False
-        after_W = np.where(fits_W, plan.load_W + ms * slow_W, np.inf)
-        target = int(after_W.argmin())
-        result = max(after_W[target], top - ms * slow_W[rank])
-        if result < best[0]:
-            best = (result, (unit, target, None))
-    if best[1] is not None:
-        unit, target, _ = best[1]
-        _shift(plan, unit, rank, target)
-        return True
-    return any(_exchange(plan, rank, mine, most_together) for most_together in ((1, 2) if pairs else (1,)))
+    return _move(plan, rank, mine) or any(
+        _exchange(plan, rank, mine, most_together) for most_together in ((1, 2) if pairs else (1,))
+    )
+
+
+def _move(plan: Placement, rank: int, mine: list[int]) -> bool:
+    """The one rectangle of `rank` to the one other rank that lowers the load of both together most."""
+    if not mine:
+        return False
+    problem, top, slow_W = plan.problem, plan.load_W[rank], plan.problem.slowness_W
+    columns = plan.choice_U[mine]  # M: the movable units
+    ms_M, need_M2 = problem.ms_UJ[mine, columns], problem.bytes_UJ2[mine, columns]
+    fits_MW = (plan.free_W2 >= need_M2[:, None]).all(axis=-1)
+    for i in np.flatnonzero(problem.pinned_U[mine]).tolist():
+        fits_MW[i] &= problem.mask_of(mine[i])
+    fits_MW[:, rank] = False
+    after_MW = np.where(fits_MW, plan.load_W + ms_M[:, None] * slow_W, np.inf)
+    target_M = after_MW.argmin(axis=1)
+    result_M = np.maximum(after_MW[np.arange(len(mine)), target_M], top - ms_M * slow_W[rank])
+    best = int(result_M.argmin())
+    if result_M[best] >= top * (1 - 1e-9):
+        return False
+    _shift(plan, mine[best], rank, int(target_M[best]))
+    return True
 
 
 def _exchange(plan: Placement, rank: int, mine: list[int], most_together: int) -> bool:

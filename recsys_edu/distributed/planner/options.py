@@ -75,6 +75,17 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+_UNCUT = {
+    ShardingType.COLUMN_WISE.value: ShardingType.TABLE_WISE.value,
+    ShardingType.TABLE_COLUMN_WISE.value: ShardingType.TABLE_WISE.value,
+    ShardingType.GRID_SHARD.value: ShardingType.TABLE_ROW_WISE.value,
+}
+_ON_ONE_HOST = {
+    ShardingType.TABLE_COLUMN_WISE.value: ShardingType.COLUMN_WISE.value,
+    ShardingType.TABLE_ROW_WISE.value: ShardingType.ROW_WISE.value,
+}
+
+
 @dataclass(frozen=True)
 class OptionGrid:
     """All options with their costs, per rectangle.
@@ -134,6 +145,7 @@ def enumerate_options(
     narrow_T = _block_widths(workload)
     num_ranks_T = np.array([len(t.ranks) if t.ranks else machine.world_size for t in workload.tables])
     kernel_bw, parts = np.ones(shape), np.ones(shape)
+    speeds_T = {kernel: _kernel_speeds(kernel, workload, topology) for kernel in {k for _, k in pairs}}
     for j, (sharding_type, kernel) in enumerate(pairs):
         kind = KINDS[sharding_type]
         if kind.place is Place.UNIFORM:
@@ -145,7 +157,7 @@ def enumerate_options(
         rows[:, j] = np.ceil(workload.rows_T / parts[:, j])
         width[:, j] = narrow_T if kind.cuts_columns else workload.columns_T
         column_blocks_TJ[:, j] = workload.columns_T // width[:, j]
-        kernel_bw[:, j] = _kernel_speeds(kernel, workload, topology)
+        kernel_bw[:, j] = speeds_T[kernel]
     rectangles = Rectangles(
         rows=rows,
         columns=width,
@@ -182,7 +194,7 @@ def _pairs(workload: Workload, topology: Topology) -> tuple[tuple[str, str], ...
     """The pairs that any table may have, in the order of TorchRec's enums; kernels that the device runs."""
     found = {(t, k) for table in workload.tables for t, kernels in table.kernels.items() for k in kernels}
     device = topology.compute_device
-    runs = {k: kernel_bw_lookup(device, k, 1.0, 1.0, 1.0) is not None for _, k in found}
+    runs = {k: kernel_bw_lookup(device, k, 1.0, 1.0, 1.0) is not None for k in {k for _, k in found}}
     types, kernels = [t.value for t in ShardingType], [k.value for k in EmbeddingComputeKernel]
     ordered = sorted(found, key=lambda pair: (types.index(pair[0]), kernels.index(pair[1])))
     return tuple(pair for pair in ordered if runs[pair[1]])
@@ -265,16 +277,11 @@ def _rejections(
 
 def _twin(sharding_type: str, column_blocks: int, world: int, local: int, anywhere: bool) -> str | None:
     """The simpler type that comes to the same thing for this table and world."""
-    t = ShardingType
-    if sharding_type in (t.COLUMN_WISE.value, t.TABLE_COLUMN_WISE.value) and column_blocks == 1:
-        return t.TABLE_WISE.value
-    if sharding_type == t.GRID_SHARD.value and column_blocks == 1:
-        return t.TABLE_ROW_WISE.value
-    if sharding_type == t.TABLE_COLUMN_WISE.value and world == local:
-        return t.COLUMN_WISE.value
-    if sharding_type == t.TABLE_ROW_WISE.value and world == local and anywhere:
-        return t.ROW_WISE.value
-    return None
+    if column_blocks == 1 and sharding_type in _UNCUT:
+        return _UNCUT[sharding_type]
+    if world != local or sharding_type not in _ON_ONE_HOST:
+        return None
+    return _ON_ONE_HOST[sharding_type] if anywhere or KINDS[sharding_type].place is Place.HOST else None
 
 
 def _twin_reason(sharding_type: str, workload: Workload, table: int, topology: Topology) -> str:

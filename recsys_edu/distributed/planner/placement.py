@@ -63,6 +63,16 @@ class Problem:
         return np.array([kernel in HOST_MEMORY_KERNELS for _, kernel in self.grid.pairs])
 
     @cached_property
+    def place_J(self) -> Ints:
+        """`places_J` as numbers."""
+        return np.array(self.places_J, dtype=np.int64)
+
+    @cached_property
+    def pinned_U(self) -> NDArray[np.bool_]:
+        """Which units may not lie anywhere."""
+        return np.array([ranks is not None for ranks in self.ranks_U])
+
+    @cached_property
     def count_UJ(self) -> Ints:
         return self.row_blocks_UJ * self.column_blocks_UJ
 
@@ -297,9 +307,8 @@ def place_all(problem: Problem, choice_U: Ints, by_memory: bool = False) -> Plac
     state = Placement(problem)
     units = np.arange(len(problem.units))
     ms_U, bytes_U2 = problem.ms_UJ[units, choice_U], problem.bytes_UJ2[units, choice_U]
-    place_U = np.array(problem.places_J)[choice_U]
-    pinned_U = np.array([ranks is not None for ranks in problem.ranks_U])
-    everywhere_U = (place_U == Place.UNIFORM) & ~pinned_U
+    place_U, pinned_U = problem.place_J[choice_U], problem.pinned_U
+    everywhere_U = (place_U == int(Place.UNIFORM)) & ~pinned_U
     state.load_W += ms_U[everywhere_U].sum() * problem.slowness_W
     state.free_W2 -= bytes_U2[everywhere_U].sum(axis=0)
     state.choice_U = choice_U.copy()
@@ -317,7 +326,7 @@ def place_all(problem: Problem, choice_U: Ints, by_memory: bool = False) -> Plac
             max(float(share_2.max()), 1e-12),
         )
     size_U = (bytes_U2 / np.maximum(problem.caps_W2.max(axis=0), 1)).max(axis=1) if by_memory else ms_U
-    single_U = (place_U == Place.DEVICE) & ~pinned_U
+    single_U = (place_U == int(Place.DEVICE)) & ~pinned_U
     order = np.lexsort((-size_U, single_U, ~pinned_U))
     for unit in order[~everywhere_U[order] & ~single_U[order]].tolist():
         column = int(choice_U[unit])

@@ -137,8 +137,9 @@ def _proposals(walk: _Walk) -> Iterator[None]:
         for share in walk.shares:
             for ceiling in near[_spread(len(near), MOST_CEILINGS)]:
                 yield walk.visit(ceiling, share)
+    cheapest_U = walk.cheapest()
     for column in range(len(walk.problem.places_J)):
-        yield walk.visit_alike(column)
+        yield walk.visit_alike(column, cheapest_U)
     if walk.plans:
         yield walk.make_room()
 
@@ -150,7 +151,7 @@ class _Walk:
         self.problem = problem
         self.plans: list[tuple[float, float, Placement]] = []
         self.num_proposals = self.num_plans = 0
-        self._seen: dict[bytes, bool] = {}  # the choices tried, and whether they could be placed
+        self._seen: dict[bytes, float] = {}  # what the choices tried cost; inf: could not be placed
         self._two_memories = bool(problem.valid_UJ[:, problem.on_host_J].any())
         self._scale = float(np.where(problem.valid_UJ, problem.work_UJ, np.inf).min(axis=1).sum())
         self._first_price = 0
@@ -162,8 +163,8 @@ class _Walk:
         dearer_U = None
         for index in range(max(self._first_price - 1, 0), len(PRICES)):
             choice_U = choose(self.problem, ceiling, PRICES[index] * self._scale, share)
-            placed = self._try(choice_U, ceiling)
-            if dearer_U is not None and (self._two_memories or not self._seen[dearer_U.tobytes()]):
+            placed = self._try(choice_U, ceiling) < np.inf
+            if dearer_U is not None and (self._two_memories or self._seen[dearer_U.tobytes()] == np.inf):
                 self._mix(dearer_U, choice_U, ceiling, placed)
             if placed:
                 self._first_price = index
@@ -181,7 +182,7 @@ class _Walk:
         def fits(count: int) -> bool:
             mixed_U = cheap_U.copy()
             mixed_U[units[:count]] = frugal_U[units[:count]]
-            return self._try(mixed_U, ceiling)
+            return self._try(mixed_U, ceiling) < np.inf
 
         low, high = 0, len(units)
         if not frugal_fits:
@@ -236,12 +237,10 @@ class _Walk:
             for count in new:
                 mixed_U = cheap_U.copy()
                 mixed_U[units[:count]] = frugal_U[units[:count]]
-                known = len(self.plans)
-                self._try(mixed_U, ceiling)
-                costs[count] = self.plans[-1][0] if len(self.plans) > known else np.inf
-            known_counts = sorted(costs)
-            best = min(range(len(known_counts)), key=lambda i: costs[known_counts[i]])
-            low, high = known_counts[max(best - 1, 0)], known_counts[min(best + 1, len(known_counts) - 1)]
+                costs[count] = self._try(mixed_U, ceiling)
+            counts = sorted(costs)
+            best = min(range(len(counts)), key=lambda i: costs[counts[i]])
+            low, high = counts[max(best - 1, 0)], counts[min(best + 1, len(counts) - 1)]
 
     def _by_saving(self, cheap_U: Ints, frugal_U: Ints) -> Ints:
         """The units whose choices differ, those first whose memory is saved with the least additional work."""
@@ -251,23 +250,26 @@ class _Walk:
         added = problem.work_UJ[units, frugal_U[units]] - problem.work_UJ[units, cheap_U[units]]
         return units[np.argsort(added / np.maximum(saved, 1e-12), kind="stable")]
 
-    def visit_alike(self, column: int) -> None:
-        """The same option for every unit that has it."""
-        cheapest_U = choose(self.problem, np.inf, PRICES[self._first_price] * self._scale)
+    def cheapest(self) -> Ints:
+        """The choice at the price of memory that has been reached."""
+        return choose(self.problem, np.inf, PRICES[self._first_price] * self._scale)
+
+    def visit_alike(self, column: int, cheapest_U: Ints) -> None:
+        """The same option for every unit that has it; the others as in `cheapest_U`."""
         self._try(np.where(self.problem.valid_UJ[:, column], column, cheapest_U), np.inf)
 
-    def _try(self, choice_U: Ints, ceiling: float) -> bool:
+    def _try(self, choice_U: Ints, ceiling: float) -> float:
+        """Place a choice; its cost, inf where it does not fit."""
         key = choice_U.tobytes()
         if key in self._seen:
             return self._seen[key]
         self.num_proposals += 1
         placement = place_with_repairs(self.problem, choice_U)
-        self._seen[key] = placement is not None
-        if placement is None:
-            return False
-        self.num_plans += 1
-        self.plans.append((placement.cost_ms, ceiling, placement))
-        return True
+        cost = self._seen[key] = np.inf if placement is None else placement.cost_ms
+        if placement is not None:
+            self.num_plans += 1
+            self.plans.append((cost, ceiling, placement))
+        return cost
 
 
 def choose(problem: Problem, ceiling_ms: float, price_ms: float, share: float = 1.0) -> Ints:
@@ -348,17 +350,18 @@ def lower_bound_ms(problem: Problem, known_ms: float) -> float:
     ms_UJ = np.where(problem.valid_UJ, problem.ms_UJ, np.inf) * fastest
 
     def least(t: float) -> float:
+        """All work with the cheapest options below t, perfectly spread; it changes only where t reaches an option."""
         work_UJ = np.where(ms_UJ <= t, problem.work_UJ, np.inf)
         cheapest = work_UJ.min(axis=1).sum()
-        if not np.isfinite(cheapest):
-            return np.inf
-        priced = [(work_UJ + p * cheapest * memory_UJ).min(axis=1).sum() - p * cheapest for p in (0.0, 0.3, 1.0, 3.0)]
-        return max(priced) / speed
+        prices_P = np.array([0.0, 0.3, 1.0, 3.0]) * cheapest
+        priced_PUJ = work_UJ + prices_P[:, None, None] * memory_UJ
+        return float((priced_PUJ.min(axis=2).sum(axis=1) - prices_P).max()) / speed
 
-    low, high = float(ms_UJ.min(axis=1).max()), known_ms
-    if low >= high or least(low) <= low:
-        return min(low, known_ms)
-    for _ in range(24):
-        middle = (low + high) / 2
-        low, high = (low, middle) if least(middle) <= middle else (middle, high)
-    return low
+    floor = float(ms_UJ.min(axis=1).max())
+    heights = np.unique(ms_UJ[(ms_UJ > floor) & (ms_UJ < known_ms)]).tolist()
+    heights = [min(floor, known_ms), *heights, known_ms]
+    low, high = 0, len(heights) - 1  # the first height from which on no more than the next one is needed
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if least(heights[middle]) <= heights[middle + 1] else (middle + 1, high)
+    return min(max(heights[low], least(heights[low])), known_ms)

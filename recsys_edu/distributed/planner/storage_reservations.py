@@ -5,7 +5,6 @@ Counterpart: torchrec.distributed.planner.storage_reservations
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -19,7 +18,7 @@ from recsys_edu.distributed.planner.types import (
     Topology,
 )
 from recsys_edu.distributed.planner.utils import gb_to_bytes, show_bytes
-from recsys_edu.distributed.planner.workload import read_workload
+from recsys_edu.distributed.planner.workload import ids_per_batch
 from recsys_edu.distributed.types import ModuleSharder
 
 _COPIES_OF_INPUT = 20  # batches of ids that a training loop is assumed to hold, while pipelining
@@ -177,16 +176,9 @@ def input_bytes(
 ) -> int:
     """Bytes of one rank's batch of ids."""
     try:
-        workload = read_workload(module, sharders, topology, batch_size, constraints)
+        return int(ids_per_batch(module, sharders, topology, batch_size, constraints) * BIGINT_DTYPE)
     except PlannerError:
         return 0  # whoever plans reports it
-    return int(sum(_ids(table, batch_size) for table in workload.tables) * BIGINT_DTYPE)
-
-
-def _ids(table: Any, batch_size: int) -> float:
-    batches = table.constraint.batch_sizes or [batch_size]
-    batches = batches * len(table.features) if len(batches) == 1 else batches
-    return sum(b * length for b, length in zip(batches, table.pooling_factors))
 
 
 def _check_percentage(percentage: float) -> None:
@@ -196,7 +188,7 @@ def _check_percentage(percentage: float) -> None:
 
 def _without(topology: Topology, share: float, num_bytes: int) -> Topology:
     """The topology with less memory on every rank."""
-    left = copy.deepcopy(topology)
+    left = topology.copy()
     kind = "ddr" if topology.compute_device == "cpu" else "hbm"
     for device, before in zip(left.devices, topology.devices):
         device.storage.hbm = int((1 - share) * device.storage.hbm)

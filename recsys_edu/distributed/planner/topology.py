@@ -11,6 +11,7 @@ Counterpart: the machine part of torchrec.distributed.planner.types
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -319,6 +320,12 @@ class Topology:
         return (
             [s / 100 for s in data.get_data("speed")] if data and data.has_data("speed") else [1.0] * self._world_size
         )
+
+    def copy(self) -> Topology:
+        """The same machines, with memory of their own to take from (ours)."""
+        twin = copy.copy(self)
+        twin._devices = [DeviceHardware(d.rank, copy.copy(d.storage), copy.copy(d.perf)) for d in self._devices]
+        return twin
 
     def facts(self) -> Mapping[str, Any]:
         """Everything that a plan may depend on, by name."""

@@ -149,6 +149,32 @@ def read_workload(
     return _arrays(tables, batch_size, topology.compute_device)
 
 
+def ids_per_batch(
+    module: nn.Module,
+    sharders: Sequence[ModuleSharder[Any]],
+    topology: Topology,
+    batch_size: int,
+    constraints: Mapping[str, ParameterConstraints] | None,
+) -> float:
+    """How many ids one rank's batch has, over all features that the planner places.
+
+    Raises:
+        PlannerError: a constraint with values out of range, or of another length than its table has features.
+    """
+    total = 0.0
+    for path, child, sharder, parameters in _find(module, sharders):
+        features = _features(child)
+        for name, parameter in parameters.items():
+            constraint = (constraints or {}).get(name, NO_CONSTRAINTS)
+            _check_form(name, constraint)
+            if constraint.device_group in (None, topology.compute_device):
+                own = tuple(features.get(name, ("feature",)))
+                table = Table(name, path, child, parameter, own, {}, constraint, sharder, None)
+                batches = _per_feature(table, "batch_sizes", constraint.batch_sizes, batch_size)
+                total += sum(b * length for b, length in zip(batches, table.pooling_factors))
+    return total
+
+
 def _find(
     module: nn.Module, sharders: Sequence[ModuleSharder[Any]], path: str = ""
 ) -> Iterator[tuple[str, nn.Module, ModuleSharder[Any], Mapping[str, Tensor]]]:
