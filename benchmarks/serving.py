@@ -4,11 +4,13 @@
 
 The model is a DLRM of Criteo's shape (26 int8 tables, 13 dense inputs), exported with the kernels at hand. `overhead`
 is a lone client's median latency less the median time of `Package.predict` on the same request, both on this machine.
-Clients and server share its processors. Always wall clock: waiting is what is measured.
+Clients and server share its processors. Always wall clock: waiting is what is measured. Both servers run throughout and
+take turns with each other and the bare model, so that a busy moment of the machine does not strike one of them alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import sys
@@ -23,9 +25,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import Gate, parse_arguments, report
-from recsys_edu.inference.load_test import LoadResult, ServerProcess, run_load
+from recsys_edu.inference.load_test import LoadResult, ServerProcess, join_results, run_load
 from recsys_edu.inference.modules import quantize_inference_model
-from recsys_edu.inference.package import export_package, load_package
+from recsys_edu.inference.package import Package, export_package, load_package
 from recsys_edu.inference.requests import join_requests, parse_request
 from recsys_edu.models.dlrm import DLRM
 from recsys_edu.modules.embedding_configs import EmbeddingBagConfig
@@ -34,6 +36,7 @@ from recsys_edu.modules.embedding_modules import EmbeddingBagCollection
 NUM_TABLES, NUM_DENSE, DIM = 26, 13, 64
 BOTTOM, TOP = [512, 256, DIM], [1024, 1024, 512, 256, 1]
 CLIENTS, MOST_CLIENTS = (1, 2, 4, 8, 16, 32, 64), 32
+TURNS = 3
 MODES = {"batched": ("--max-batch", "256"), "one by one": ("--max-batch", "1")}
 
 
@@ -56,9 +59,8 @@ def random_contents(num_rows: int, count: int = 64) -> list[dict[str, Any]]:
     ]
 
 
-def bare_ms(path: Path, contents: Sequence[dict[str, Any]], batch: int, rounds: int) -> float:
-    """Median milliseconds of the model alone, ids checked, on `batch` requests at once."""
-    package = load_package(path)
+def bare_times(package: Package, contents: Sequence[dict[str, Any]], batch: int, rounds: int) -> list[float]:
+    """Milliseconds of the model alone, ids checked, on `batch` requests at once."""
     requests = [parse_request(json.dumps(each).encode(), package.metadata, 1) for each in contents]
     times = []
     for turn in range(rounds + 5):
@@ -67,7 +69,7 @@ def bare_ms(path: Path, contents: Sequence[dict[str, Any]], batch: int, rounds: 
         start = time.perf_counter()
         package.predict(*tensors)
         times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[5:])
+    return times[5:]
 
 
 def row_of(mode: str, result: LoadResult, bare: float) -> dict[str, object]:
@@ -99,16 +101,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = 0.3 if arguments.tiny else 3.0
     num_rows = 100 if arguments.tiny else 100_000
     clients = (1, 4) if arguments.tiny else CLIENTS
-    contents, rows = random_contents(num_rows), []
-    with tempfile.TemporaryDirectory() as folder:
+    contents = random_contents(num_rows)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         path = Path(folder) / "criteo.pt2"
         write_model(path, num_rows, arguments.tiny)
-        bare = {count: bare_ms(path, contents, count, arguments.rounds) for count in clients}
-        for mode, options in MODES.items():
-            with ServerProcess(path, *options, "--threads", str(arguments.threads)) as server:
-                for count in clients:
-                    result = run_load(server.url, contents, count, seconds)
-                    rows.append(row_of(mode, result, bare[count if mode == "batched" else 1]))
+        package = load_package(path)
+        servers = {
+            mode: stack.enter_context(ServerProcess(path, *options, "--threads", str(arguments.threads)))
+            for mode, options in MODES.items()
+        }
+        found: dict[tuple[str, int], list[LoadResult]] = {(mode, count): [] for mode in MODES for count in clients}
+        bare: dict[int, list[float]] = {count: [] for count in clients}
+        for _ in range(TURNS):
+            for count in clients:
+                bare[count] += bare_times(package, contents, count, -(-arguments.rounds // TURNS))
+                for mode, server in servers.items():
+                    found[mode, count].append(run_load(server.url, contents, count, seconds / TURNS))
+    rows = [
+        row_of(mode, join_results(results), statistics.median(bare[count if mode == "batched" else 1]))
+        for (mode, count), results in found.items()
+    ]
     report("serving", rows, gates(rows), arguments.out)
 
 

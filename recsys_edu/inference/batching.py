@@ -5,7 +5,8 @@
 
 An idle model takes a request at once, so a lone client waits for nobody. The busier the server, the larger its
 batches, and a batch of 32 costs an embedding model hardly more than a batch of 1. `wait_ms` lets a batch wait for
-company; rarely worth it, and off by default.
+company; rarely worth it, and off by default. What does pay is to let in who is on the way already: clients of the
+last batch ask again within a millisecond, and a batch that left at the first of them would have a third of their size.
 
 The model runs on the event loop itself. In a thread of its own it would hand Python's lock back and forth with the loop
 at every operator, which made batches of a DLRM several times slower when 32 clients asked. `in_thread` is for models
@@ -26,6 +27,9 @@ from dataclasses import dataclass
 import torch
 
 from recsys_edu.inference.requests import RefusedRequest, ScoringRequest
+
+ROUNDS_TO_ARRIVE = 3
+"""Rounds of the event loop from a request's bytes to its place in the queue: read, start its task, run it."""
 
 Score = Callable[[Sequence[ScoringRequest]], list[float]]
 Observe = Callable[[int, float], None]
@@ -118,19 +122,28 @@ class Batcher:
         self._pending += request.num_examples
         self._arrived.set()
         try:
-            return await asyncio.wait_for(waiting.answer, self.options.timeout_s)
+            async with asyncio.timeout(self.options.timeout_s):
+                return await waiting.answer
         except TimeoutError:
             raise RefusedRequest(503, f"no answer after {self.options.timeout_s:g} s, try again later") from None
 
     async def _run(self) -> None:
         while True:
             await self._arrived.wait()
-            await asyncio.sleep(0)  # who was read from the network in this round of the loop comes along
+            await self._newcomers()
             if self.options.wait_ms and self._pending < self.options.max_batch:
                 await asyncio.sleep(self.options.wait_ms / 1e3)
             batch = self._take()
             if batch:
                 await self._answer(batch)
+
+    async def _newcomers(self) -> None:
+        """Let the event loop go round while more requests come in: clients ask again once they are answered."""
+        before = -1
+        while before < self._pending < self.options.max_batch:
+            before = self._pending
+            for _ in range(ROUNDS_TO_ARRIVE):
+                await asyncio.sleep(0)
 
     def _take(self) -> list[_Waiting]:
         """As many requests as fit into a batch; those that nobody waits for any more are dropped."""

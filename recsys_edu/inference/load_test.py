@@ -50,6 +50,15 @@ class LoadResult:
         return self.latencies_ms[min(int(len(self.latencies_ms) * percent / 100), len(self.latencies_ms) - 1)]
 
 
+def join_results(results: Sequence[LoadResult]) -> LoadResult:
+    """Several turns of equally many clients as one result."""
+    statuses: Counter[int] = Counter()
+    for result in results:
+        statuses.update(result.statuses)
+    latencies_ms = sorted(latency for result in results for latency in result.latencies_ms)
+    return LoadResult(results[0].clients, sum(result.seconds for result in results), dict(statuses), latencies_ms)
+
+
 class ServerProcess:
     """A package served by a process of its own, on a free port of this machine alone.
 

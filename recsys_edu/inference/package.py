@@ -308,12 +308,10 @@ class Package:
         if shapes != wanted:
             raise ValueError(f"dense, lengths and number of values are {shapes}, expected {wanted}")
         totals = lengths_FB.sum(1).tolist()  # host sync: a wrong length would read what is not there
-        for name, rows, ids, total in zip(known.features, known.num_rows, values, totals):
+        for name, ids, total in zip(known.features, values, totals):
             if ids.numel() != total:
                 raise ValueError(f"feature {name!r} has {ids.numel()} ids, its lengths add up to {total}")
-            bad = (ids < 0) | (ids >= rows)
-            if bool(bad.any()):  # host sync: the id has to be named
-                raise IndexError(f"feature {name!r}: id {int(ids[bad][0])} is outside 0 ... {rows - 1}")
+        self._check_ids(values, totals)
         if bool((lengths_FB < 0).any()):  # host sync
             raise ValueError("a length is negative")
         self._check_weights(values, weights)
@@ -322,6 +320,19 @@ class Package:
         with torch.inference_mode():
             request = (dense_BI.float(), lengths_FB.long(), [ids.long() for ids in values])  # what graphs expect
             return self.program(*request, [each.float() for each in weights]) if weights else self.program(*request)
+
+    def _check_ids(self, values: Sequence[Tensor], totals: Sequence[int]) -> None:
+        """One comparison over all features: 26 of them would cost a lone request a tenth of its time."""
+        ids_N, device = torch.cat(list(values)), values[0].device
+        rows_N = torch.tensor(self.metadata.num_rows, device=device).repeat_interleave(
+            torch.tensor(totals, device=device), output_size=ids_N.numel()
+        )
+        if not bool(((ids_N < 0) | (ids_N >= rows_N)).any()):  # host sync: a bad id stops here
+            return
+        for name, rows, ids in zip(self.metadata.features, self.metadata.num_rows, values):
+            bad = ids[(ids < 0) | (ids >= rows)]
+            if bad.numel():
+                raise IndexError(f"feature {name!r}: id {int(bad[0])} is outside 0 ... {rows - 1}")
 
     def _check_weights(self, values: Sequence[Tensor], weights: Sequence[Tensor] | None) -> None:
         if self.metadata.weighted != (weights is not None):

@@ -10,9 +10,9 @@ that no table knows, a number that is none are refused with the place where they
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ def _numbers_of(numbers: Any, count: int, where: str, wanted: str) -> list[float
         raise RefusedRequest(422, f"{where}: expected {wanted.format(count)}, got {got}")
     for place, number in enumerate(numbers):
         kind = type(number)  # a bool is an int to isinstance
-        if (kind is not float and kind is not int) or not abs(number) <= LARGEST_FLOAT or math.isnan(number):
+        if (kind is not float and kind is not int) or not abs(number) <= LARGEST_FLOAT:  # NaN is not, either
             raise RefusedRequest(422, f"{where}[{place}]: {_shown(number)} is no finite 32-bit number")
     return numbers
 
@@ -128,17 +128,24 @@ def join_requests(
 
     A weighted model's batch has a fourth part: weights [N] per feature.
     """
-    dense = [row for request in requests for row in request.dense]
-    features = range(len(model.features))
-    lengths = [[length for request in requests for length in request.lengths[feature]] for feature in features]
-    values = [[each for request in requests for each in request.values[feature]] for feature in features]
     device = torch.device(model.device)
-    batch = (
-        torch.tensor(dense, dtype=torch.float32, device=device).view(len(dense), model.num_dense),
-        torch.tensor(lengths, dtype=torch.int64, device=device).view(len(features), len(dense)),
-        [torch.tensor(ids, dtype=torch.int64, device=device) for ids in values],
-    )
+    dense = list(chain.from_iterable(row for request in requests for row in request.dense))
+    batch_size = sum(request.num_examples for request in requests)
+    dense_BI = torch.tensor(dense, dtype=torch.float32, device=device).view(batch_size, model.num_dense)
+    lengths = _feature_after_feature([request.lengths for request in requests])
+    lengths_FB = torch.tensor(lengths, dtype=torch.int64).view(len(model.features), batch_size)
+    counts = lengths_FB.sum(1).tolist()
+
+    def by_feature(lists: Sequence[Sequence[list]], dtype: torch.dtype) -> list[Tensor]:
+        joined = torch.tensor(_feature_after_feature(lists), dtype=dtype, device=device)
+        return list(joined.split(counts))  # one tensor, not one for each feature
+
+    batch = dense_BI, lengths_FB.to(device), by_feature([request.values for request in requests], torch.int64)
     if not model.weighted:
         return batch
-    weights = [[each for request in requests for each in request.weights[feature]] for feature in features]
-    return *batch, [torch.tensor(each, dtype=torch.float32, device=device) for each in weights]
+    return *batch, by_feature([request.weights for request in requests], torch.float32)
+
+
+def _feature_after_feature(lists: Sequence[Sequence[list]]) -> list:
+    """`lists[request][feature]`, as one list: all requests' numbers of the first feature, then of the second, ..."""
+    return list(chain.from_iterable(chain.from_iterable(zip(*lists))))

@@ -21,10 +21,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,20 +137,18 @@ async def _body_of(request: Any, timeout_s: float) -> bytes:
     """The body, as long as it is neither too large nor too slow."""
     from starlette.requests import ClientDisconnect
 
-    async def read() -> bytes:
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise RefusedRequest(413, f"a body has at most {MAX_BODY_BYTES} bytes")
-        return bytes(body)
-
+    body = bytearray()
     try:
-        return await asyncio.wait_for(read(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise RefusedRequest(413, f"a body has at most {MAX_BODY_BYTES} bytes")
     except TimeoutError:
         raise RefusedRequest(408, f"the body did not arrive within {timeout_s:g} s") from None
     except ClientDisconnect:
         raise RefusedRequest(400, "the client went before its body had arrived") from None
+    return bytes(body)
 
 
 async def run_server(app: Any, host: str, port: int, announce: str) -> None:
@@ -163,7 +162,9 @@ async def run_server(app: Any, host: str, port: int, announce: str) -> None:
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     # Head and body of an answer go out one by one; without this the body waits 40 ms for the head's acknowledgement
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
-    config = uvicorn.Config(app, log_level="warning", access_log=False, limit_concurrency=MAX_CONNECTIONS)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, proxy_headers=False, limit_concurrency=MAX_CONNECTIONS
+    )
     server = uvicorn.Server(config)
     task = asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))
     while not server.started and not task.done():
@@ -172,6 +173,15 @@ async def run_server(app: Any, host: str, port: int, announce: str) -> None:
         shown = f"[{host}]" if ":" in host else host
         print(f"{announce} http://{shown}:{listener.getsockname()[1]}", flush=True)
     await task
+
+
+def _fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it is installed (not on Windows); None is asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -199,7 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.max_batch, arguments.wait_ms, arguments.max_pending, arguments.timeout_s, arguments.in_thread
         )
         app = make_app(load_package(arguments.package), options)
-        asyncio.run(run_server(app, arguments.host, arguments.port, f"{arguments.package.name} at"))
+        gc.freeze()  # what is loaded stays: a full collection would go through 330,000 objects, 150 ms, again and again
+        with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
+            runner.run(run_server(app, arguments.host, arguments.port, f"{arguments.package.name} at"))
     except KeyboardInterrupt:
         return 0
     except (PackageError, ValueError, OSError, ImportError) as error:

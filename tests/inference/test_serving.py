@@ -132,6 +132,46 @@ def test_a_batch_of_one_is_no_batching() -> None:
     assert sizes == [1] * 5
 
 
+def test_clients_that_ask_again_share_a_batch() -> None:
+    async def run() -> list[int]:
+        sizes: list[int] = []
+        batcher = Batcher(echo, BatchingOptions(max_batch=16), lambda examples, seconds: sizes.append(examples))
+        batcher.start()
+
+        async def client(number: int) -> None:
+            for turn in range(5):
+                for _ in range(number % 2):  # a request is read, its task started: not all arrive in one round
+                    await asyncio.sleep(0)
+                assert await batcher.submit(of(number + turn)) == [number + turn]
+
+        await asyncio.gather(*map(client, range(8)))
+        await batcher.stop()
+        return sizes
+
+    assert asyncio.run(asyncio.wait_for(run(), 20)) == [8] * 5
+
+
+def test_who_keeps_coming_does_not_hold_up_a_full_batch() -> None:
+    answers, sizes = run_batcher(echo, BatchingOptions(max_batch=4), [of(number, 3) for number in range(4)])
+    assert answers == [[number] * 3 for number in range(4)] and sizes == [3] * 4
+
+
+def test_a_client_that_went_leaves_no_gap() -> None:
+    async def run() -> list:
+        batcher = Batcher(echo, BatchingOptions())
+        batcher.start()
+        tasks = [asyncio.create_task(batcher.submit(of(number))) for number in range(4)]
+        await asyncio.sleep(0)
+        tasks[1].cancel()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        assert batcher.pending == 0
+        await batcher.stop()
+        return answers
+
+    answers = asyncio.run(asyncio.wait_for(run(), 20))
+    assert [answers[0], *answers[2:]] == [[0], [2], [3]] and isinstance(answers[1], asyncio.CancelledError)
+
+
 def test_a_failing_request_fails_alone() -> None:
     def picky(requests: Sequence[ScoringRequest]) -> list[float]:
         if any(row[0] == 3 for request in requests for row in request.dense):
