@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_edu.kernels.backend import fbgemm_status
+from recsys_edu.kernels.chunks import Chunk, Ids, LookupInChunks, chunks_for, lookup_in_chunks
 from recsys_edu.kernels.optimizers import ROW_OPTIMIZERS
 from recsys_edu.kernels.spec import KernelSpec, OptimizerSpec, TableMemory, weight_dtype
 
@@ -80,7 +81,6 @@ class Layout:
     max_dim: int
     row_starts: Tensor  # hash_size_cumsum, [L + 1]
     row_bits: int
-    used_tables: frozenset[int]
 
 
 @functools.lru_cache(maxsize=256)
@@ -98,7 +98,6 @@ def layout(shapes: tuple[tuple[int, int], ...], lane_tables: tuple[int, ...], de
         max_dim=max((shapes[table][1] for table in lane_tables), default=0),
         row_starts=torch.tensor([rows[table] for table in lane_tables] + rows[-1:], device=device),
         row_bits=rows[-1].bit_length(),
-        used_tables=frozenset(lane_tables),
     )
 
 
@@ -134,6 +133,7 @@ class FbgemmFusedTables(nn.Module):
 
     def __init__(self, spec: KernelSpec, device: torch.device) -> None:
         super().__init__()
+        self.spec = spec
         # In the order of first use: FBGEMM's backward expects the tables of its lanes to ascend.
         self.table_order = list(dict.fromkeys(spec.lane_tables))
         self.num_rows = [spec.tables[table].num_rows for table in self.table_order]
@@ -141,7 +141,59 @@ class FbgemmFusedTables(nn.Module):
         self.tbe = _table_batched(spec, self.table_order, device)
 
     def lookup(self, values_N: Tensor, offsets: Tensor, per_sample_weights_N: Tensor | None) -> Tensor:
-        return self.tbe(values_N, offsets, per_sample_weights_N)
+        if torch.is_inference_mode_enabled():  # where FBGEMM's operators have no kernel on a CPU
+            with torch.inference_mode(False), torch.no_grad():
+                return self.lookup(values_N, offsets, per_sample_weights_N)
+        spec = self.spec
+        chunks = chunks_for(spec.lane_tables, spec.lane_dims, values_N, backward=torch.is_grad_enabled())
+        wanted = per_sample_weights_N is not None and per_sample_weights_N.requires_grad
+        # The raw call for a CPU knows bags only, and would take the gradient of sample weights from updated tables.
+        if len(chunks) == 1 or not spec.pooled or wanted:
+            return self.tbe(values_N, offsets, per_sample_weights_N)
+        if spec.optimizer.kind == "ROWWISE_ADAGRAD":  # whose steps FBGEMM counts on a CPU: once for all chunks
+            self.tbe.iter_cpu.add_(1)
+            self.tbe.iter.add_(1)
+        lookup = functools.partial(self._lookup_chunk, self.tbe.get_learning_rate())
+        ids = (values_N, offsets, per_sample_weights_N)
+        if not torch.is_grad_enabled():
+            return lookup_in_chunks(lookup, chunks, len(spec.lane_tables), True, Ids(*ids))
+        roots = [self.tbe.weights_host] * len(chunks)
+        return LookupInChunks.apply(lookup, chunks, len(spec.lane_tables), True, *ids, *roots)
+
+    def _lookup_chunk(self, learning_rate: float, chunk: Chunk, ids: Ids, root: Tensor | None = None) -> Tensor:
+        """The call that FBGEMM's module makes on a CPU, for some of the lanes."""
+        tbe, lanes, bounds = self.tbe, chunk.lanes, slice(chunk.first, chunk.last + 1)
+        kind, optimizer = self.spec.optimizer.kind, {}
+        if ROW_OPTIMIZERS[kind].state:
+            optimizer = {
+                "momentum1_host": tbe.momentum1_host,
+                "momentum1_placements": tbe.momentum1_placements[lanes],
+                "momentum1_offsets": tbe.momentum1_offsets[lanes],
+                "eps": self.spec.optimizer.eps,
+            }
+        if kind == "ROWWISE_ADAGRAD":  # its defaults are of types that it does not take
+            optimizer |= {"weight_decay": 0.0, "weight_decay_mode": 0, "max_norm": 0.0}
+        return getattr(torch.ops.fbgemm, f"split_embedding_codegen_lookup_{kind.lower()}_function_cpu")(
+            host_weights=tbe.weights_host if root is None else root,
+            weights_placements=tbe.weights_placements[lanes],
+            weights_offsets=tbe.weights_offsets[lanes],
+            D_offsets=tbe.D_offsets[bounds] - chunk.start,
+            total_D=chunk.width,
+            max_D=tbe.max_D,
+            hash_size_cumsum=tbe.hash_size_cumsum[bounds],
+            total_hash_size_bits=tbe.total_hash_size_bits,
+            indices=ids.values_N,
+            offsets=ids.offsets,
+            pooling_mode=tbe.pooling_mode,
+            indice_weights=ids.per_sample_weights_N,
+            feature_requires_grad=None,
+            gradient_clipping=False,
+            max_gradient=1.0,
+            stochastic_rounding=False,
+            learning_rate=learning_rate,
+            output_dtype=OUTPUT_FP32,
+            **optimizer,
+        )
 
     @property
     def steps(self) -> Tensor:

@@ -11,12 +11,15 @@ Shapes: B batch, L lanes, N values, R rows, D columns.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from recsys_edu.kernels import reference
+from recsys_edu.kernels.chunks import Chunk, Ids, LookupInChunks, chunks_for, cut, lookup_in_chunks
 from recsys_edu.kernels.fbgemm import Layout, flat_pooled_lookup, layout, why_not_lookup
 
 BACKENDS = ("fbgemm", "pytorch")
@@ -47,10 +50,7 @@ def pooled_lookup(
     flat = flat_buffer(weights) if backend != "pytorch" else None
     reason = _why_not_flat(weights, flat) if backend != "pytorch" else "PyTorch was asked for"
     if reason is None and lane_tables and offsets.numel() > 1:
-        where = layout(tuple(weight.shape for weight in weights), tuple(lane_tables), values_N.device)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (per_sample_weights_N, *weights)):
-            return _FlatPooledLookup.apply(flat, where, values_N, offsets, per_sample_weights_N, *weights)
-        return flat_pooled_lookup(flat, where, values_N, offsets, per_sample_weights_N)
+        return _flat_lookup(flat, weights, tuple(lane_tables), Ids(values_N, offsets, per_sample_weights_N))
     if backend == "fbgemm" and reason is not None:
         raise ValueError(f"backend='fbgemm' was asked for, but {reason}")
     return reference.pooled_lookup(weights, lane_tables, values_N, offsets, per_sample_weights_N)
@@ -142,42 +142,70 @@ def _quiet_autograd(device: torch.device) -> contextlib.AbstractContextManager:
     return torch._C._AutoDispatchBelowAutograd() if device.type == "cpu" else contextlib.nullcontext()
 
 
-class _FlatPooledLookup(torch.autograd.Function):
-    """Connects many parameters to one flat lookup: their gradients are slices of the flat gradient."""
+def _flat_lookup(flat: Tensor, weights: Sequence[Tensor], lane_tables: tuple[int, ...], ids: Ids) -> Tensor:
+    """`pooled_lookup` by FBGEMM, in chunks of whole tables."""
+    shapes = tuple(weight.shape for weight in weights)
+    ascend = list(lane_tables) == sorted(lane_tables)  # then chunks read disjoint parts of the buffer
+    lane_dims = tuple(shapes[table][1] for table in lane_tables)
+    tensors = (*weights, ids.per_sample_weights_N)
+    backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if ascend:
+        chunks = chunks_for(lane_tables, lane_dims, ids.values_N, backward)
+    else:
+        chunks = cut(lane_tables, lane_dims, 1)
+    spans = [_span(shapes, lane_tables, chunk, flat.device) for chunk in chunks]
+    flats = {chunk: flat[span.elements] for chunk, span in zip(chunks, spans)}
+    layouts = {chunk: span.layout for chunk, span in zip(chunks, spans)}
+
+    def lookup(chunk: Chunk, part: Ids, root: Tensor | None = None) -> Tensor:
+        root = flats[chunk] if root is None else root
+        with _quiet_autograd(root.device):
+            return flat_pooled_lookup(root, layouts[chunk], part.values_N, part.offsets, part.per_sample_weights_N)
+
+    if not backward:
+        return lookup_in_chunks(lookup, chunks, len(lane_tables), True, ids)
+    roots = [_Neighbours.apply(flats[chunk], span.used, *weights[span.tables]) for chunk, span in zip(chunks, spans)]
+    return LookupInChunks.apply(
+        lookup, chunks, len(lane_tables), True, ids.values_N, ids.offsets, ids.per_sample_weights_N, *roots
+    )
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The neighbouring tables that a chunk reads, and where they lie in the flat buffer."""
+
+    tables: slice
+    elements: slice
+    used: tuple[bool, ...]
+    layout: Layout
+
+
+@functools.lru_cache(maxsize=1024)
+def _span(
+    shapes: tuple[tuple[int, int], ...], lane_tables: tuple[int, ...], chunk: Chunk, device: torch.device
+) -> _Span:
+    read = lane_tables[chunk.lanes]
+    first, last = min(read), max(read) + 1
+    start, end = (sum(rows * dim for rows, dim in shapes[:table]) for table in (first, last))
+    return _Span(
+        tables=slice(first, last),
+        elements=slice(start, end),
+        used=tuple(table in read for table in range(first, last)),
+        layout=layout(shapes[first:last], tuple(table - first for table in read), device),
+    )
+
+
+class _Neighbours(torch.autograd.Function):
+    """Connects tables to the part of the flat buffer that they fill: their gradients are slices of its gradient."""
 
     @staticmethod
-    def forward(
-        ctx,
-        flat: Tensor,
-        where: Layout,
-        values_N: Tensor,
-        offsets: Tensor,
-        per_sample_weights_N: Tensor | None,
-        *weights: Tensor,
-    ) -> Tensor:
-        needs_samples = ctx.needs_input_grad[4]
-        ctx.wanted = [needed and table in where.used_tables for table, needed in enumerate(ctx.needs_input_grad[5:])]
-        needs_flat = any(ctx.wanted)
-        with torch.enable_grad(), _quiet_autograd(where.columns.device):
-            flat = flat.detach().requires_grad_(needs_flat)
-            if per_sample_weights_N is not None:
-                per_sample_weights_N = per_sample_weights_N.detach().requires_grad_(needs_samples)
-            pooled_BD = flat_pooled_lookup(flat, where, values_N, offsets, per_sample_weights_N)
-        ctx.inputs = [x for x, needed in ((flat, needs_flat), (per_sample_weights_N, needs_samples)) if needed]
-        ctx.pooled_BD, ctx.shapes = pooled_BD, [weight.shape for weight in weights]
-        return pooled_BD.detach()
+    def forward(ctx, flat: Tensor, used: tuple[bool, ...], *weights: Tensor) -> Tensor:
+        ctx.wanted = [read and needed for read, needed in zip(used, ctx.needs_input_grad[2:])]
+        ctx.shapes = [weight.shape for weight in weights]
+        return flat.detach()
 
     @staticmethod
-    def backward(ctx, gradient_BD: Tensor):
-        if not ctx.inputs:
-            return (None,) * (5 + len(ctx.shapes))
-        # The inner graph is kept for callers who run backward twice; it goes when the outer graph does.
-        found = torch.autograd.grad(ctx.pooled_BD, ctx.inputs, gradient_BD.contiguous(), retain_graph=True)
-        samples = found[-1] if ctx.needs_input_grad[4] else None
-        slices: list[Tensor | None] = [None] * len(ctx.shapes)
-        if any(ctx.wanted):
-            pieces = found[0].split([shape.numel() for shape in ctx.shapes])
-            slices = [
-                piece.view(shape) if wanted else None for piece, shape, wanted in zip(pieces, ctx.shapes, ctx.wanted)
-            ]
-        return None, None, None, None, samples, *slices
+    def backward(ctx, gradient: Tensor):
+        pieces = gradient.split([shape.numel() for shape in ctx.shapes])
+        slices = [piece.view(shape) if wanted else None for piece, shape, wanted in zip(pieces, ctx.shapes, ctx.wanted)]
+        return None, None, *slices

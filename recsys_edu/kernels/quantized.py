@@ -12,6 +12,7 @@ Shapes: B batch, L lanes, N values, R rows, D columns, P bytes of a row.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from recsys_edu.kernels import lookup, reference
 from recsys_edu.kernels.backend import fbgemm_status
 from recsys_edu.kernels.checks import check_ids
+from recsys_edu.kernels.chunks import Chunk, Ids, chunks_for, lookup_in_chunks
 from recsys_edu.kernels.quantized_rows import RowFormat, dequantize_rows, realign, row_alignment
 from recsys_edu.kernels.spec import TableSpec
 from recsys_edu.types import DataType
@@ -257,20 +259,36 @@ class QuantizedKernel(nn.Module):
         widest = {kind: 0 for kind in _TYPE_CODES}
         for table, kind in zip(spec.tables, spec.data_types):
             widest[kind] = max(widest[kind], table.dim)
+        chunks = chunks_for(spec.lane_tables, spec.lane_dims, values_N, backward=False)
+        return lookup_in_chunks(
+            functools.partial(self._fbgemm_chunk, widest),
+            chunks,
+            len(spec.lane_tables),
+            spec.pooled,
+            Ids(values_N, offsets, per_sample_weights_N),
+            spec.output_dtype,
+        )
+
+    def _fbgemm_chunk(self, widest: dict[DataType, int], chunk: Chunk, ids: Ids) -> Tensor:
+        spec, constants = self.spec, self._constants
+        if chunk.num_lanes < len(spec.lane_tables):
+            of_lanes = {name: constants[name][chunk.lanes] for name in constants if name.startswith("weights_")}
+            columns = constants["D_offsets"][chunk.first : chunk.last + 1] - chunk.start
+            constants = constants | of_lanes | {"D_offsets": columns}
         return torch.ops.fbgemm.int_nbit_split_embedding_codegen_lookup_function(
             dev_weights=self.rows,
-            **self._constants,
-            total_D=spec.output_dim,
+            **constants,
+            total_D=chunk.width if spec.pooled else spec.output_dim,
             max_int2_D=widest[DataType.INT2],
             max_int4_D=widest[DataType.INT4],
             max_int8_D=widest[DataType.INT8],
             max_float8_D=widest[DataType.NFP8],
             max_float16_D=widest[DataType.FP16],
             max_float32_D=widest[DataType.FP32],
-            indices=values_N,
-            offsets=offsets,
+            indices=ids.values_N,
+            offsets=ids.offsets,
             pooling_mode=_POOLING_SUM if spec.pooled else _POOLING_NONE,
-            indice_weights=per_sample_weights_N,
+            indice_weights=ids.per_sample_weights_N,
             output_dtype=_OUTPUT_CODES[spec.output_dtype],
             row_alignment=self._alignment,
             fp8_exponent_bits=_FP8_EXPONENT_BITS,
