@@ -22,8 +22,10 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -200,10 +202,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Load, try and serve a package; 0 after an orderly stop, 2 where it cannot be served."""
+    """Load, try and serve a package; 0 after an orderly stop by Ctrl-C or SIGTERM, 2 where it cannot be served."""
     arguments = parse_arguments(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    before = _stop_alike()
     try:
         options = BatchingOptions(
             arguments.max_batch, arguments.wait_ms, arguments.max_pending, arguments.timeout_s, arguments.in_thread
@@ -213,11 +216,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
             runner.run(run_server(app, arguments.host, arguments.port, f"{arguments.package.name} at"))
     except KeyboardInterrupt:
-        return 0
+        print(f"{arguments.package.name} is no longer served", flush=True)
     except (PackageError, ValueError, OSError, ImportError) as error:
         print(f"recsys_edu serve: {error}", file=sys.stderr)
         return 2
+    finally:
+        gc.unfreeze()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _stop_alike() -> Any:
+    """Let SIGTERM end us as Ctrl-C does, also while a package loads; returns what it did before.
+
+    uvicorn answers what it has begun, then sends itself the signal again.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 if __name__ == "__main__":

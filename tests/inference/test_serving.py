@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -328,6 +331,21 @@ def test_what_cannot_be_served_says_why(tmp_path: Path, package: Path, capsys: p
         pytest.raises(RuntimeError, match=r"did not start.*does not exist"),
     ):
         _ = server.url
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_it_stops_when_told_to_with_one_line(package: Path, name: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "recsys_edu.inference.serve", str(package), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            address = process.stdout.readline().split()[-1]
+            assert ask(address, "/predict", {"examples": [GOOD]})[0] == 200
+            process.send_signal(getattr(signal, name))
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (out, err, process.returncode) == ("film.pt2 is no longer served\n", "", 0)
 
 
 def test_it_listens_on_this_machine_alone_by_default() -> None:
