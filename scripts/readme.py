@@ -39,6 +39,7 @@ READING_ORDER = {
         "recsys_edu/kernels/spec.py",
         "recsys_edu/kernels/reference.py",
         "recsys_edu/kernels/fbgemm.py",
+        "recsys_edu/kernels/chunks.py",
         "recsys_edu/models/dlrm.py",
     ],
     "Many ranks": [

@@ -1,7 +1,8 @@
 """The local lookup: many tables at once, forward and backward, in PyTorch and in FBGEMM.
 
 Read in this order: spec.py (what a kernel is asked to do), reference.py (the lookup itself), optimizers.py (fused row
-updates), lookup.py (one buffer, two backends), modules.py (kernels that own tables), fbgemm.py, checks.py.
+updates), lookup.py (one buffer, two backends), modules.py (kernels that own tables), fbgemm.py, chunks.py (its calls
+on all cores), checks.py.
 """
 
 from recsys_edu.kernels.checks import check_ids
