@@ -57,8 +57,9 @@ class Lookups:
         bags: pooled answers per rank and step.
         pooled: one answer per bag, else one per id.
         weighted: ids come with weights.
-        element_bytes: of a weight, and of an embedding on its way back.
-        output_bytes: of an embedding in memory.
+        element_bytes: of a weight.
+        answer_bytes: of a number of an embedding on its way back: a weight's, or what quantised weights are turned to.
+        output_bytes: of a number of an embedding in memory.
         state_per_cell, state_per_row: bytes that the optimizer keeps.
         cache_ratio: share of the rows that the device caches, for cached kernels.
         misses: rows that have to be fetched before a step, for cached kernels with statistics.
@@ -69,6 +70,7 @@ class Lookups:
     pooled: NDArray[np.bool_]
     weighted: NDArray[np.bool_]
     element_bytes: Array
+    answer_bytes: Array
     output_bytes: Array
     state_per_cell: Array
     state_per_row: Array
@@ -168,7 +170,7 @@ def times_ms(rect: Rectangles, use: Lookups, machine: Machine, inference: bool =
     id_bytes_N = traffic.ids_N * c.BIGINT_DTYPE * np.where(use.weighted, 2, 1)
     read_columns_N = np.where(whole, np.maximum(rect.columns, _SMALLEST_READ), rect.columns)
     row_bytes_N = traffic.ids_N * read_columns_N * use.element_bytes
-    answer_bytes_N = traffic.answers_N * rect.columns * use.element_bytes
+    answer_bytes_N = traffic.answers_N * rect.columns * use.answer_bytes
     narrow_N = np.where(rect.columns < c.FULL_BLOCK_EMB_DIM, c.HALF_BLOCK_PENALTY, 1.0)
     narrow_N = np.where(rect.columns < c.FULL_BLOCK_EMB_DIM // 2, c.QUARTER_BLOCK_PENALTY, narrow_N)
     lookup_N = (id_bytes_N + row_bytes_N + answer_bytes_N) * np.where(whole, narrow_N, 1.0) / rect.kernel_bw

@@ -66,7 +66,7 @@ def rank_loads(plan: PlannedSharding) -> RankLoads:
     )
     traffic = traffic_of(rect, use, machine)
     id_bytes_T = traffic.ids_N * c.BIGINT_DTYPE * np.where(use.weighted, 2, 1)
-    answer_bytes_T = traffic.answers_N * rect.columns * use.element_bytes
+    answer_bytes_T = traffic.answers_N * rect.columns * use.answer_bytes
     on_host_T = (pattern_T == Pattern.ROWS_ON_HOST) & use.pooled & (world > machine.local_size)
     replica_T = pattern_T == Pattern.REPLICA
     ids_W, flat_W, host_W = np.zeros(world), np.zeros(world), np.zeros(world)

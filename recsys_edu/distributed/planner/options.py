@@ -80,6 +80,11 @@ _UNCUT = {
     ShardingType.TABLE_COLUMN_WISE.value: ShardingType.TABLE_WISE.value,
     ShardingType.GRID_SHARD.value: ShardingType.TABLE_ROW_WISE.value,
 }
+_ONE_ROW_BLOCK = {
+    ShardingType.ROW_WISE.value: ShardingType.TABLE_WISE.value,
+    ShardingType.TABLE_ROW_WISE.value: ShardingType.TABLE_WISE.value,
+    ShardingType.GRID_SHARD.value: ShardingType.COLUMN_WISE.value,
+}
 _ON_ONE_HOST = {
     ShardingType.TABLE_COLUMN_WISE.value: ShardingType.COLUMN_WISE.value,
     ShardingType.TABLE_ROW_WISE.value: ShardingType.ROW_WISE.value,
@@ -170,7 +175,8 @@ def enumerate_options(
     lookups = workload.lookups.at((slice(None), None))
     times = times_ms(rectangles, lookups, machine, inference)
     sizes = storage_bytes(rectangles, lookups, machine, pipeline)
-    rejections = _rejections(workload, pairs, topology, column_blocks_TJ, sizes if check_sizes else 0 * sizes)
+    blocks = (row_blocks_TJ, column_blocks_TJ)
+    rejections = _rejections(workload, pairs, topology, *blocks, sizes if check_sizes else 0 * sizes)
     valid = np.ones(shape, bool)
     if rejections:
         valid[tuple(np.array(list(rejections)).T)] = False
@@ -230,11 +236,12 @@ def _rejections(
     workload: Workload,
     pairs: Sequence[tuple[str, str]],
     topology: Topology,
+    row_blocks_TJ: NDArray[np.int64],
     column_blocks_TJ: NDArray[np.int64],
     bytes_TJ: Array,
 ) -> dict[tuple[int, int], str]:
     """Why each impossible option is impossible; worked out once for tables that are alike, of which there are many."""
-    local, world = topology.local_world_size, topology.world_size
+    local = topology.local_world_size
     caps = [(d.storage.hbm, d.storage.ddr) for d in topology.devices]
     whole_cap = np.array([max(hbm for hbm, _ in caps), max(ddr for _, ddr in caps)], dtype=np.float64)
     too_big_TJ = (bytes_TJ > whole_cap).any(axis=-1)
@@ -258,8 +265,11 @@ def _rejections(
                 reason = f"not among the allowed sharding types, {', '.join(table.kernels)} ({_whose(table, 'types')})"
             elif kernel not in own:
                 reason = f"not among the allowed kernels, {', '.join(own)} ({_whose(table, 'kernels')})"
-            elif (twin := _twin(sharding_type, int(column_blocks_TJ[i, j]), world, local, not table.ranks)) in offered:
-                reason = f"the same as {twin}: {_twin_reason(sharding_type, workload, i, topology)}"
+            else:
+                blocks = int(row_blocks_TJ[i, j])
+                twin = _twin(sharding_type, blocks, int(column_blocks_TJ[i, j]), topology, not table.ranks)
+                if twin in offered:
+                    reason = f"the same as {twin}: {_twin_reason(sharding_type, workload, i, blocks, topology)}"
             together = table.constraint.together is not None
             if reason is None and together and sharding_type != ShardingType.TABLE_WISE.value:
                 reason = f"cut or copied tables cannot be kept together with group {table.constraint.together!r}"
@@ -275,22 +285,26 @@ def _rejections(
     return rejections
 
 
-def _twin(sharding_type: str, column_blocks: int, world: int, local: int, anywhere: bool) -> str | None:
+def _twin(sharding_type: str, row_blocks: int, column_blocks: int, topology: Topology, anywhere: bool) -> str | None:
     """The simpler type that comes to the same thing for this table and world."""
     if column_blocks == 1 and sharding_type in _UNCUT:
         return _UNCUT[sharding_type]
-    if world != local or sharding_type not in _ON_ONE_HOST:
+    if row_blocks == 1 and sharding_type in _ONE_ROW_BLOCK:
+        return _ONE_ROW_BLOCK[sharding_type]
+    if topology.world_size != topology.local_world_size or sharding_type not in _ON_ONE_HOST:
         return None
     return _ON_ONE_HOST[sharding_type] if anywhere or KINDS[sharding_type].place is Place.HOST else None
 
 
-def _twin_reason(sharding_type: str, workload: Workload, table: int, topology: Topology) -> str:
-    if topology.world_size == topology.local_world_size and sharding_type == ShardingType.TABLE_ROW_WISE.value:
-        return "there is one host"
+def _twin_reason(sharding_type: str, workload: Workload, table: int, row_blocks: int, topology: Topology) -> str:
     columns, width = int(workload.columns_T[table]), int(workload.block_width_T[table])
-    if column_block_width(columns, width) < columns:
-        return "there is one host"
-    return f"its {columns} columns make one block of at least {width}"
+    if sharding_type in _UNCUT and column_block_width(columns, width) == columns:
+        return f"its {columns} columns make one block of at least {width}"
+    if sharding_type in _ONE_ROW_BLOCK and row_blocks == 1:
+        if topology.world_size == 1:
+            return "there is one rank"
+        return "the constraint leaves one rank" if workload.tables[table].ranks else "a host has one rank"
+    return "there is one host"
 
 
 def _whose(table: Table, what: str) -> str:

@@ -21,7 +21,7 @@ from recsys_edu.distributed.planner.placement import Placement
 from recsys_edu.distributed.planner.search import Found
 from recsys_edu.distributed.planner.topology import Topology
 from recsys_edu.distributed.planner.types import PlannerError, PlannerErrorType
-from recsys_edu.distributed.planner.utils import show_bytes, show_ms, to_frame
+from recsys_edu.distributed.planner.utils import counted, show_bytes, show_ms, to_frame
 from recsys_edu.distributed.types import ShardingPlan
 
 
@@ -145,11 +145,11 @@ class PlannedSharding(ShardingPlan):
         grid, gap = self.found.placement.problem.grid, self.found.gap
         used_2, cap_2 = self.used_bytes_W2.max(axis=0), self.found.placement.problem.caps_W2.max(axis=0)
         kind = 0 if cap_2[0] > 0 else 1
+        tables, ranks = counted(len(grid.workload), "table"), counted(self.topology.world_size, "rank")
         return (
-            f"{len(grid.workload)} tables on {self.topology.world_size} ranks, planned in {self.seconds:.2g} s. The "
-            f"busiest rank takes {self.cost_ms:.4g} ms per step; no plan takes less than {self.lower_bound_ms:.4g} ms, "
-            f"so this one is at most {gap:.1%} from the best. The fullest rank holds {show_bytes(used_2[kind])} of "
-            f"{show_bytes(cap_2[kind])}."
+            f"{tables} on {ranks}, planned in {self.seconds:.2g} s. The busiest rank takes {self.cost_ms:.4g} ms per "
+            f"step; no plan takes less than {self.lower_bound_ms:.4g} ms, so this one is at most {gap:.1%} from the "
+            f"best. The fullest rank holds {show_bytes(used_2[kind])} of {show_bytes(cap_2[kind])}."
         )
 
     def explain(self, table: str | None = None) -> Explanation:

@@ -36,7 +36,7 @@ from recsys_edu.distributed.planner.types import (
     Topology,
 )
 from recsys_edu.distributed.planner.utils import get_num_poolings
-from recsys_edu.distributed.planner.workload import OUTPUT_BYTES, optimizer_state_bytes, weight_bytes
+from recsys_edu.distributed.planner.workload import OUTPUT_BYTES, answer_bytes, optimizer_state_bytes, weight_bytes
 from recsys_edu.distributed.types import KeyValueParams, PipelineType
 
 
@@ -156,6 +156,7 @@ def _option_numbers(
         )
     module = option.module[1]
     element_bytes, row_bytes = weight_bytes(option.tensor, topology.compute_device)
+    answer = answer_bytes(module, option.tensor)
     state = optimizer_state_bytes(option.tensor, fused_params)
     stats = None if cache is None else cache.stats
     is_split = kind.pattern >= Pattern.ROWS_EVERYWHERE
@@ -170,7 +171,8 @@ def _option_numbers(
         "ids": sum(b * length * p for b, length, p in zip(batches, lengths, poolings)),
         "bags": sum(b * min(length, 1) * p for b, length, p in zip(batches, lengths, poolings)),
         "element_bytes": element_bytes,
-        "output_bytes": element_bytes if option.output_dtype is None else OUTPUT_BYTES.get(option.output_dtype, 4),
+        "answer_bytes": answer,
+        "output_bytes": answer if option.output_dtype is None else OUTPUT_BYTES.get(option.output_dtype, 4),
         "state_per_cell": state[0],
         "state_per_row": state[1] + row_bytes,
         "cache_ratio": ratio,
@@ -255,6 +257,7 @@ def calculate_shard_storages(
         pooled=np.array(is_pooled),
         weighted=np.array(False),
         element_bytes=one(element_bytes),
+        answer_bytes=one(output_data_type_size),
         output_bytes=one(output_data_type_size),
         state_per_cell=one(state[0]),
         state_per_row=one(state[1] + row_bytes),

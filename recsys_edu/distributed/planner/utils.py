@@ -65,6 +65,15 @@ def gb_to_bytes(gb: float) -> int:
     return int(gb * 1024**3)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts.
+
+    >>> counted(1, "rank"), counted(1024, "rank")
+    ('1 rank', '1,024 ranks')
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def show_bytes(num_bytes: float) -> str:
     """Bytes for people.
 

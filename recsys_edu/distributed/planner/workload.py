@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from recsys_edu.distributed.embedding_types import EmbeddingComputeKernel
@@ -361,7 +362,7 @@ def _numbers(table: Table, batch_size: int, device: str) -> dict[str, float]:
             PlannerErrorType.INPUT_VALIDATION,
         )
     element_bytes, row_bytes = weight_bytes(table.parameter, device)
-    output = constraint.output_dtype
+    answer, output = answer_bytes(table.module, table.parameter), constraint.output_dtype
     state = optimizer_state_bytes(table.parameter, getattr(table.sharder, "fused_params", None))
     cache = constraint.cache_params
     ratio = c.UVM_CACHING_RATIO if cache is None or cache.load_factor is None else cache.load_factor
@@ -387,7 +388,8 @@ def _numbers(table: Table, batch_size: int, device: str) -> dict[str, float]:
         "pooled": not hasattr(table.module, "embedding_configs"),
         "weighted": bool(getattr(table.module, "is_weighted", lambda: False)()),
         "element_bytes": element_bytes,
-        "output_bytes": element_bytes if output is None else OUTPUT_BYTES.get(output, 4),
+        "answer_bytes": answer,
+        "output_bytes": answer if output is None else OUTPUT_BYTES.get(output, 4),
         "state_per_cell": state[0],
         "state_per_row": state[1] + row_bytes,
         "cache_ratio": ratio,
@@ -425,6 +427,14 @@ def weight_bytes(parameter: Tensor, device: str) -> tuple[float, float]:
         return parameter.element_size(), 0
     form = RowFormat(data_type, parameter.shape[1], row_alignment(device))
     return form.bits / 8, form.num_bytes - form.dim * form.bits / 8
+
+
+def answer_bytes(module: nn.Module, parameter: Tensor) -> int:
+    """Bytes of each number that a lookup gives: a weight's; of quantised weights, the module's `output_dtype()`'s."""
+    if getattr(parameter, "_data_type", None) is None:
+        return parameter.element_size()
+    output_dtype = getattr(module, "output_dtype", None)
+    return (torch.float32 if output_dtype is None else output_dtype()).itemsize
 
 
 def optimizer_state_bytes(parameter: Tensor, fused_params: Mapping[str, Any] | None) -> tuple[float, float]:

@@ -15,14 +15,21 @@ from recsys_edu.distributed.model_parallel import DistributedModelParallel
 from recsys_edu.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from recsys_edu.distributed.planner.constants import GIB
 from recsys_edu.distributed.planner.cost import COUNTED
+from recsys_edu.distributed.planner.enumerators import EmbeddingEnumerator
+from recsys_edu.distributed.planner.improve import unevenness
 from recsys_edu.distributed.planner.partitioners import GreedyPerfPartitioner, MemoryBalancedPartitioner, SortBy
 from recsys_edu.distributed.planner.placement import place_all
 from recsys_edu.distributed.planner.proposers import DynamicProgrammingProposer, GreedyProposer, UniformProposer
 from recsys_edu.distributed.planner.report import PlannedSharding
 from recsys_edu.distributed.planner.types import CustomTopologyData, PlannerError, PlannerErrorType
+from recsys_edu.distributed.planner.workload import read_workload
+from recsys_edu.distributed.quant_embeddingbag import QuantEmbeddingBagCollectionSharder
 from recsys_edu.distributed.shard import default_plan
 from recsys_edu.distributed.sharding_plan import get_default_sharders
 from recsys_edu.distributed.types import ShardingEnv, ShardingPlan
+from recsys_edu.modules.embedding_configs import EmbeddingBagConfig
+from recsys_edu.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
+from recsys_edu.types import DataType
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -78,6 +85,40 @@ def test_trillion_parameters() -> None:
         assert len(set(giant.ranks)) >= 16  # a terabyte needs many ranks, over several hosts
         reasons = {(a.sharding_type, a.compute_kernel): a.reason for a in giant.alternatives}
         assert "954 GiB" in reasons["table_wise", "fused"]
+
+
+def test_more_memory_never_costs_more() -> None:
+    """On 141 GiB two giant rectangles fit on a rank and leave no room for other work: that must not look cheap."""
+    model = repeated(TRILLION_3)
+    costs = [plan_for(model, 128, 8, gib=gib).cost_ms for gib in (120, 141, 160)]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_one_rank_has_whole_tables() -> None:
+    plan = plan_for(collection([(1000, 32), (50_000, 64), (500, 256)]), 1, 1, device="cpu")
+    assert {sharding.sharding_type for sharding in plan.plan[""].values()} == {"table_wise"}
+    reasons = {a.sharding_type: a.reason for a in plan.explain("t0").choices[0].alternatives}
+    assert reasons["row_wise"] == "the same as table_wise: there is one rank"
+    assert plan.summary().startswith("3 tables on 1 rank,")
+
+
+def test_equally_busy_ranks_are_relieved_one_by_one() -> None:
+    """A step that leaves the cost may still help: one busy rank less, though there is more work in all."""
+    assert unevenness(np.array([10.0, 6.5, 6.5]), 10.0) < unevenness(np.array([10.0, 10.0, 1.0]), 10.0)
+
+
+@pytest.mark.parametrize("output_dtype", [torch.float32, torch.float16])
+def test_answers_of_quantised_tables_have_the_size_of_the_outputs_type(output_dtype: torch.dtype) -> None:
+    tables = [EmbeddingBagConfig(100, 64, name="t", feature_names=["f"], data_type=DataType.INT8)]
+    module = QuantEmbeddingBagCollection(tables, False, torch.device("cpu"), output_dtype)
+    topology, sharders = Topology(2, "cpu"), [QuantEmbeddingBagCollectionSharder()]
+    use = read_workload(module, sharders, topology, 512, None).lookups
+    assert (use.element_bytes[0], use.answer_bytes[0]) == (1, output_dtype.itemsize) == (1, use.output_bytes[0])
+    options = EmbeddingEnumerator(topology, 512).enumerate(module, sharders)
+    whole = next(option for option in options if option.sharding_type == "table_wise")
+    assert whole.shards[0].perf.fwd_comms == pytest.approx(
+        2 * 512 * 64 * output_dtype.itemsize / topology.intra_host_bw
+    )
 
 
 def test_what_does_not_fit_says_what_would() -> None:
