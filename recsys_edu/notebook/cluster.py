@@ -540,4 +540,4 @@ def _without_gloo_noise(message: str) -> str:
     """Gloo's errors begin with a path of its build and end with advice that does not apply here."""
     if "/gloo/" not in message:
         return message
-    return re.sub(r"\[\S*/gloo/\S*\] |\.? This is typically caused by[^)]*", "", message)
+    return re.sub(r"\[\S*/gloo/\S*\] |\.? This is typically caused by[^.)]*(\. ?(?=\)|$))?", "", message)

@@ -119,7 +119,8 @@ class TrainPipelineSparseDist(TrainPipeline[In, Out]):
         if self._closed_by is not None:
             raise RuntimeError(
                 f"this pipeline was closed by an error: {self._closed_by}. Ranks may have stopped at different points. "
-                "Call reset() on every rank to go on with fresh batches; where a rank is gone, start the ranks anew"
+                "Call reset() on every rank to go on with fresh batches. Where the connection is gone too, make the "
+                "model and the pipeline anew; where a rank is gone, start the ranks anew"
             )
         if self._flights is None:
             self.attach(self._model)

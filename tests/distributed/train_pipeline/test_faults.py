@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -212,6 +216,23 @@ def test_an_interrupt_leaves_no_thread_and_reset_opens_the_pipeline(ranks, where
     first, second = ranks.run(interrupted, 2, where)
     copied = [name for name in first if "over_arch" in name]
     assert copied and all(torch.equal(first[name], second[name]) for name in copied)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send itself SIGINT")
+def test_ctrl_c_in_the_midst_of_progress_leaves_no_thread_and_a_pipeline_that_goes_on() -> None:
+    model, optimizer = make_model("dlrm", 1)
+    pipeline = TrainPipelineSparseDist(model, optimizer, CPU)
+    before = set(threading.enumerate())
+    interrupt = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    endless = itertools.cycle(make_batches(0, 3))
+    with pytest.raises(KeyboardInterrupt), DataLoadingThread(CPU, endless, to_device_non_blocking=True) as loader:
+        interrupt.start()
+        while True:
+            pipeline.progress(loader)
+    interrupt.join()
+    assert set(threading.enumerate()) == before
+    drawn_ahead = run_to_end(pipeline, iter([]))
+    assert drawn_ahead <= 3 and run_to_end(pipeline, iter(make_batches(0, 4))) == 4
 
 
 @pytest.mark.parametrize("kind", [TrainPipelineBase, TrainPipelineSparseDist, EvalPipelineSparseDist])
