@@ -14,7 +14,7 @@ import abc
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from recsys_edu.distributed.quant_embeddingbag import (
 from recsys_edu.distributed.shard import shard_modules
 from recsys_edu.distributed.types import ModuleSharder, ShardedModule, ShardingEnv, ShardingPlan
 from recsys_edu.kernels.quantized_rows import RowFormat
-from recsys_edu.modules.embedding_configs import QuantConfig
+from recsys_edu.modules.embedding_configs import BaseEmbeddingConfig, QuantConfig
 from recsys_edu.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from recsys_edu.quant.embedding_modules import EmbeddingBagCollection as QuantEmbeddingBagCollection
 from recsys_edu.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
@@ -399,12 +399,17 @@ def set_pruning_data(
 
     For rows chosen otherwise see `set_index_remappings`.
 
+    Raises:
+        ValueError: a table that no collection has, or more rows than it has.
+
     Counterpart: torchrec.inference.modules.set_pruning_data.
     """
-    kinds = module_types or list(default_mapping())
-    for child in model.modules():
-        if type(child) in kinds:
-            setattr(child, PRUNING_ATTRIBUTE, dict(tables_to_rows_post_pruning))
+    found, rows = _collections_of(model, module_types or list(default_mapping()), tables_to_rows_post_pruning)
+    for table, left in tables_to_rows_post_pruning.items():
+        if not 0 <= left <= rows[table]:
+            raise ValueError(f"table {table!r} has {rows[table]} rows and cannot keep {left}")
+    for child in found:
+        setattr(child, PRUNING_ATTRIBUTE, dict(tables_to_rows_post_pruning))
     return model
 
 
@@ -415,11 +420,35 @@ def set_index_remappings(model: nn.Module, index_remappings: dict[str, Tensor]) 
     >>> set_index_remappings(model, {"film": keep.array()})                           # doctest: +SKIP
 
     An id whose row went finds zeros.
+
+    Raises:
+        ValueError: a table that no collection has, or another count of numbers than its rows.
     """
-    for child in model.modules():
-        if type(child) in default_mapping():
-            setattr(child, REMAPPING_ATTRIBUTE, dict(index_remappings))
+    found, rows = _collections_of(model, list(default_mapping()), index_remappings)
+    for table, array in index_remappings.items():
+        if array.shape != (rows[table],):
+            raise ValueError(f"table {table!r} has {rows[table]} rows, its index remapping {list(array.shape)} numbers")
+    for child in found:
+        setattr(child, REMAPPING_ATTRIBUTE, dict(index_remappings))
     return model
+
+
+def _collections_of(
+    model: nn.Module, kinds: list[type[nn.Module]], named: Collection[str]
+) -> tuple[list[nn.Module], dict[str, int]]:
+    """The collections of these types and the rows of each of their tables; all `named` have to be among them."""
+    found = [child for child in model.modules() if type(child) in kinds]
+    configs = [config for child in found for config in _configs_of(child)]
+    rows = {config.name: config.num_embeddings for config in configs}
+    unknown = sorted(set(named) - set(rows))
+    if unknown:
+        raise ValueError(f"no collection has tables {unknown}; the model's tables are {sorted(rows)}")
+    return found, rows
+
+
+def _configs_of(collection: nn.Module) -> Sequence[BaseEmbeddingConfig]:
+    pooled = hasattr(collection, "embedding_bag_configs")
+    return collection.embedding_bag_configs() if pooled else collection.embedding_configs()
 
 
 def get_table_to_weights_from_tbe(model: nn.Module) -> dict[str, list[tuple[Tensor, Tensor | None]]]:

@@ -262,6 +262,9 @@ def read_float_module(module: nn.Module, configs: Sequence[BaseEmbeddingConfig],
 
 def quantized_weights(weight_RD: Tensor, data_type: DataType, table: str) -> tuple[Tensor, Tensor | None]:
     """A table's codes and its scales and biases, as `QuantizedWeights` has them."""
+    try:
+        header = RowFormat(data_type, weight_RD.shape[1]).header_bytes
+    except ValueError as error:
+        raise ValueError(f"table {table!r}: {error}") from error
     rows_RP = quantize_rows(weight_RD, data_type, table)
-    header = RowFormat(data_type, weight_RD.shape[1]).header_bytes
     return rows_RP[:, header:], (rows_RP[:, :header] if header else None)

@@ -193,6 +193,61 @@ def test_a_remapping_has_to_fit_its_table() -> None:
         QuantEmbeddingBagCollection(configs, False, torch.device("cpu"), index_remappings={"z": torch.tensor([0])})
 
 
+def test_pruning_has_to_name_tables_and_rows_that_there_are() -> None:
+    model = Model()
+    for rows, match in (
+        ({"z": 3}, r"no collection has tables \['z'\]; the model's tables are \['a', 'b', 's', 't'\]"),
+        ({"a": 13}, "table 'a' has 12 rows and cannot keep 13"),
+        ({"a": 3, "b": -1}, "table 'b' has 12 rows and cannot keep -1"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            set_pruning_data(model, rows)
+    for arrays, match in (
+        ({"z": torch.arange(12)}, r"no collection has tables \['z'\]"),
+        ({"t": torch.arange(5)}, r"table 't' has 12 rows, its index remapping \[5\] numbers"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            set_index_remappings(model, arrays)
+    served = quantize_embeddings(model, torch.int8, inplace=False)  # nothing of it has been taken over
+    assert [table.weight.shape[0] for table in served.ebc.embedding_bags.values()] == [12, 12]
+
+
+def test_all_or_no_rows_of_a_table_can_be_dropped() -> None:
+    features = KeyedJaggedTensor(["f", "g", "h"], torch.tensor([3, 4]), lengths=torch.tensor([1, 1, 0]))
+    gone = quantize_embeddings(set_index_remappings(Model(), {"a": torch.full((12,), -1)}), torch.int8, False)
+    assert gone.ebc.embedding_bags["a"].weight.shape[0] == 1 and gone.ebc(features)["f"].eq(0).all()
+    empty = quantize_embeddings(set_pruning_data(Model(), {"a": 0}), torch.int8, False)
+    with pytest.raises(IndexError, match="table 'a'"):
+        empty.ebc(features)
+    model = Model()
+    kept = quantize_embeddings(set_index_remappings(model, {"a": torch.arange(12)}), torch.int8, False)
+    plain = quantize_embeddings(set_index_remappings(model, {}), torch.int8, False)
+    assert torch.equal(kept.ebc(features).values(), plain.ebc(features).values())
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "reason"),
+    [(7, torch.quint4x2, "INT4 packs 2 numbers"), (6, torch.quint2x4, "INT2 packs 4"), (8, torch.bfloat16, "got BF16")],
+)
+def test_a_table_that_has_no_such_form_is_named(dim: int, dtype: torch.dtype, reason: str) -> None:
+    model = nn.Sequential(EmbeddingBagCollection([EmbeddingBagConfig(5, dim, "odd", feature_names=["f"])]))
+    with pytest.raises(ValueError, match=f"table 'odd': .*{reason}"):
+        quantize_embeddings(model, dtype, inplace=False)
+    served = quantize_embeddings(model, torch.int8, inplace=False)  # 7 columns are no multiple of FBGEMM's 4
+    features = KeyedJaggedTensor(["f"], torch.tensor([1]), lengths=torch.tensor([1]))
+    torch.testing.assert_close(served[0](features).values(), model[0](features).values(), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batches_of_nothing(dtype: torch.dtype) -> None:
+    served = quantize_embeddings(Model(), dtype, inplace=False)
+    for batch_size in (0, 3):
+        lengths = torch.zeros(3 * batch_size, dtype=torch.int64)
+        pooled, sequences = served(KeyedJaggedTensor(["f", "g", "h"], lengths.new_zeros(0), lengths=lengths))
+        assert pooled.values().shape == (batch_size, 48) and pooled.values().eq(0).all()
+        assert [part.values().shape for part in sequences.values()] == [(0, 8)] * 3
+
+
 def test_from_float_reads_the_qconfig() -> None:
     model = Model()
     with pytest.raises(ValueError, match="has no qconfig"):
