@@ -5,8 +5,9 @@
 Every check compares the GPU's answers with the CPU's: trainable and quantised kernels, a sharded collection and a
 pipeline in a process group of one rank (NCCL, or gloo with CUDA tensors), quantised inference from a package. Then
 lookups are measured against the device's copy bandwidth, and a quantised model's latency by batch size. Everything goes
-to `<folder>/gpu_check.json`. Without a GPU nothing is checked, which is said, and the exit status is 0; with one, a
-failed check gives 1. FBGEMM's CUDA kernels are used where they load, PyTorch's otherwise; the result says which.
+to `<folder>/gpu_check.json`. A failed check gives exit status 1. Without a GPU nothing is checked: what is missing is
+said, and the exit status is 2. FBGEMM's CUDA kernels are used where they load, PyTorch's otherwise; the result says
+which. `--rehearse` runs the checks on the CPU and writes nothing.
 """
 
 from __future__ import annotations
@@ -221,6 +222,18 @@ def run(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def what_is_missing() -> str:
+    """Why nothing can be checked here, and what to do."""
+    if torch.version.cuda is None:
+        found = f"this torch, {torch.__version__}, is built without CUDA: install a CUDA build of it"
+    else:
+        found = f"torch {torch.__version__} finds no device: look whether `nvidia-smi` shows a GPU and a driver"
+    return (
+        f"gpu-check needs an NVIDIA GPU and a torch that can use it; {found}. "
+        "Nothing was checked, nothing was written. Its checks run on the CPU with `make gpu-check ARGS=--rehearse`."
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu_check.json")
@@ -228,8 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="run on the CPU, write nothing: is the script whole?")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available() and not arguments.rehearse:
-        print("No NVIDIA GPU here (torch.cuda.is_available() is False): nothing was checked, nothing was written.")
-        return 0
+        print(what_is_missing(), file=sys.stderr)
+        return 2
     device = torch.device("cpu" if arguments.rehearse else "cuda:0")
     rows = run(device, arguments.tiny or arguments.rehearse)
     if not arguments.rehearse:

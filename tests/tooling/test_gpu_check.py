@@ -20,7 +20,8 @@ def gpu_check(*options: str) -> subprocess.CompletedProcess:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_that_nothing_was_checked(tmp_path: Path) -> None:
     done = gpu_check("--out", str(tmp_path))
-    assert done.returncode == 0 and "nothing was checked" in done.stdout
+    assert done.returncode == 2 and done.stdout == ""
+    assert "needs an NVIDIA GPU" in done.stderr and "Nothing was checked, nothing was written" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
