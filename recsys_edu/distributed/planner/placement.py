@@ -14,6 +14,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -247,14 +248,18 @@ class Placement:
             fits_W[best] = (free_W2[best] >= need_2).all() and (mask_W is None or mask_W[best])
         return np.array(ranks)
 
-    def _by_host(self, mask_W: NDArray[np.bool_] | None) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
-        """Load, memory and slowness by host and rank in it, and which hosts may be used."""
+    def _by_host(
+        self, mask_W: NDArray[np.bool_] | None, keep: bool = False
+    ) -> tuple[Array, Array, Array, NDArray[np.bool_]]:
+        """Load, memory and slowness by host and rank in it, and which hosts may be used; `keep` promises no writes."""
         local = self.problem.local_size
         allowed_H = np.ones(self.problem.world_size // local, bool)
         if mask_W is not None:
             allowed_H = mask_W.reshape(-1, local).all(axis=1)
         load_HL, free_HL2 = self.load_W.reshape(-1, local), self.free_W2.reshape(-1, local, 2)
-        return load_HL.copy(), free_HL2.copy(), self.problem.slowness_W.reshape(-1, local), allowed_H
+        if not keep:
+            load_HL, free_HL2 = load_HL.copy(), free_HL2.copy()
+        return load_HL, free_HL2, self.problem.slowness_W.reshape(-1, local), allowed_H
 
     def _fullness(self, load_HL: Array, free_HL2: Array) -> Array:
         """What makes a rank less welcome: its load, or, where shares are given, that or its memory."""
@@ -284,18 +289,19 @@ class Placement:
 
     def _find_host_rows(self, ms: float, need_2: Array, blocks: int, mask_W: NDArray[np.bool_] | None) -> Ints | None:
         """For each column block the host where its busiest rank ends lowest."""
-        load_HL, free_HL2, slow_HL, ok_H = self._by_host(mask_W)
+        load_HL, free_HL2, slow_HL, ok_H = self._by_host(mask_W, keep=blocks == 1)
         local, ranks = self.problem.local_size, []
-        for _ in range(blocks):
+        for block in range(blocks):
             fits_H = ok_H & (free_HL2 >= need_2).all(axis=(1, 2))
-            if not fits_H.any():
-                return None
             after_HL = self._fullness(load_HL + ms * slow_HL, free_HL2 - need_2)
             host = int(np.where(fits_H, after_HL.max(axis=1), np.inf).argmin())
-            load_HL[host] += ms * slow_HL[host]
-            free_HL2[host] -= need_2
+            if not fits_H[host]:
+                return None
             ranks.append(np.arange(host * local, (host + 1) * local))
-        return np.concatenate(ranks)
+            if block < blocks - 1:
+                load_HL[host] += ms * slow_HL[host]
+                free_HL2[host] -= need_2
+        return ranks[0] if blocks == 1 else np.concatenate(ranks)
 
 
 def place_all(problem: Problem, choice_U: Ints, by_memory: bool = False) -> Placement | int:
@@ -351,6 +357,7 @@ def _place_single(state: Placement, units: Sequence[int], ms_U: Array, bytes_U2:
     ms_list, bytes_list = ms_U.tolist(), bytes_U2.tolist()
     heap = list(zip(load, range(len(load))))
     heapq.heapify(heap)
+    taken: list[list[int]] = []
     full: list[tuple[float, int]] = []  # those without room for the unit before; they have none for a larger one either
     last_hbm = last_ddr = 0.0
     for unit in units:
@@ -372,7 +379,11 @@ def _place_single(state: Placement, units: Sequence[int], ms_U: Array, bytes_U2:
             ddr[rank] -= need_ddr
             heapq.heapreplace(heap, (load[rank], rank))
             ranks.append(rank)
-        state.ranks_U[unit] = np.array(ranks)
+        taken.append(ranks)
+    ends = list(accumulate(map(len, taken)))
+    all_ranks = np.array([rank for ranks in taken for rank in ranks], dtype=np.int64)
+    for unit, start, end in zip(units, [0, *ends], ends):
+        state.ranks_U[unit] = all_ranks[start:end]
     state.load_W = np.array(load)
     state.free_W2 = np.stack([hbm, ddr], axis=1)
     return None

@@ -33,6 +33,7 @@ SHARES = (1.0, 0.55, 0.1)
 
 TIGHT = 0.3  # of all memory: below it only the first share is tried
 IDLE = 1.03  # the busiest rank's load over the mean above which full ranks are looked for
+TRY_ON = 20_000  # units placed by the walk, until which it also mixes choices that it has seen with dearer ones
 MOST_CEILINGS = 14
 FINALISTS = 3
 MOST_REPAIRS = 12
@@ -163,10 +164,13 @@ class _Walk:
         dearer_U = None
         for index in range(max(self._first_price - 1, 0), len(PRICES)):
             choice_U = choose(self.problem, ceiling, PRICES[index] * self._scale, share)
+            known = choice_U.tobytes() in self._seen
             placed = self._try(choice_U, ceiling) < np.inf
             if dearer_U is not None and (self._two_memories or self._seen[dearer_U.tobytes()] == np.inf):
                 self._mix(dearer_U, choice_U, ceiling, placed)
-            if placed:
+            # Dearer choices than a known one are known too, but for mixtures with those of the host's memory.
+            try_on = known and self._two_memories and self.num_proposals * len(choice_U) < TRY_ON
+            if placed and not try_on:
                 self._first_price = index
                 return
             dearer_U = choice_U
