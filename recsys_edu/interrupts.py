@@ -44,6 +44,8 @@ def ends_when_interrupted(grace_s: float = GRACE_S) -> Iterator[None]:
     for end in (ours, theirs):
         end.setblocking(end is ours)
     signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    if hasattr(os, "register_at_fork"):  # a child that is interrupted too is no second interrupt
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_later, args=(grace_s, ours, theirs), name="interrupts", daemon=True).start()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,10 +77,12 @@ def test_while_training() -> None:
 
 def test_a_rank_that_waits_for_another_one_in_cpp() -> None:
     """Nobody listens to Python's exceptions there: a thread ends the process after a few seconds."""
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29417"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
     def waits(process: psutil.Process) -> bool:
-        return any(each.laddr.port == 29417 for each in process.net_connections())
+        return any(each.laddr.port == port for each in process.net_connections())
 
     status, _, err, seconds = interrupt(TRAIN, waits, **ranks)
     assert (status, err) == (INTERRUPTED, "\ntrain_dlrm, rank 0: interrupted\n") and seconds < 30
@@ -110,13 +113,16 @@ def test_the_console_command_ends_its_children(name: str) -> None:
 
 def test_an_interrupt_lets_files_be_closed_and_hangs_do_not_last(tmp_path) -> None:
     script = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         "from recsys_edu.interrupts import ends_when_interrupted\n"
         "with ends_when_interrupted(0.5):\n"
+        "    if os.fork() == 0:\n"
+        "        try: time.sleep(60)\n"
+        "        except KeyboardInterrupt: os._exit(0)\n"
         "    try:\n"
         "        print('begun', flush=True); open(sys.argv[1], 'w').close(); time.sleep(60)\n"
         "    finally:\n"
-        "        print('closed', end=''); {}\n"
+        "        time.sleep(0.2); print('closed', end=''); {}\n"
     )
     for index, ending in enumerate(("pass", "time.sleep(60)")):
         begun = tmp_path / str(index)
