@@ -56,12 +56,13 @@ def load_figure(
                 y=[load.percentile_ms(percent) for load in loads],
                 mode="lines+markers+text" if percent == 50 else "lines+markers",
                 text=[str(load.clients) for load in loads],
-                textposition="bottom right",
+                textposition=("bottom right", "top left")[index % 2],  # lone clients of two servers see nearly the same
                 line={"color": colour(index), "dash": dash},
                 marker={"size": 8, "symbol": ["circle", "square", "diamond"][index % 3]},
                 name=f"{name}, {shown}",
             )
-    styled(figure, title, "answers per second", "ms (logarithmic)", height, legend=True)
+    across = "answers per second (the number at a point: clients that ask)"
+    styled(figure, title, across, "ms per answer (logarithmic)", height, legend=True)
     figure.update_yaxes(type="log", dtick=1, minor={"showgrid": True, "dtick": "D1"})
     figure.update_xaxes(rangemode="tozero")
     return figure
