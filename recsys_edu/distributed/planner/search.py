@@ -299,12 +299,12 @@ def place_with_repairs(problem: Problem, choice_U: Ints) -> Placement | None:
     """Place a choice; a unit that finds no room is spread over more ranks, and placing starts again.
 
     Tables alike get options alike from `choose`; here some of ten may end up cut otherwise, because nine filled the
-    room.
+    room. After half of the repairs 1, 2, 4, ... of them at once, for there may be a hundred.
     """
     choice_U = choice_U.copy()
     share_UJ = (problem.bytes_UJ2 / np.maximum(problem.caps_W2.max(axis=0), 1)).sum(axis=-1)
     share_UJ = np.where(problem.valid_UJ, share_UJ, np.inf)
-    for _ in range(MOST_REPAIRS):
+    for repair in range(MOST_REPAIRS):
         placed = place_all(problem, choice_U)
         if isinstance(placed, int) or fills_idle_ranks(placed):
             by_memory = place_all(problem, choice_U, by_memory=True)
@@ -315,7 +315,10 @@ def place_with_repairs(problem: Problem, choice_U: Ints) -> Placement | None:
         smaller_J = share_UJ[placed] < share_UJ[placed, choice_U[placed]] * (1 - 1e-9)
         if not smaller_J.any():
             return None
-        choice_U[placed] = np.where(smaller_J, problem.work_UJ[placed], np.inf).argmin()
+        alike_U = (choice_U == choice_U[placed]) & (share_UJ == share_UJ[placed]).all(axis=1)
+        alike_U[placed] = False
+        more = np.flatnonzero(alike_U)[: 2 ** max(repair - MOST_REPAIRS // 2, 0) - 1]
+        choice_U[[placed, *more]] = np.where(smaller_J, problem.work_UJ[placed], np.inf).argmin()
     return None
 
 

@@ -94,6 +94,12 @@ def test_more_memory_never_costs_more() -> None:
     assert costs == sorted(costs, reverse=True)
 
 
+def test_dozens_of_tables_alike_are_repaired_in_a_few_steps() -> None:
+    """The giants fill 20 hosts of 22 but for a rest in which only half of the hundred tables of 12 GiB can lie whole."""
+    plan = plan_for(repeated(TRILLION_3), 176, 8, gib=80)
+    assert plan.cost_ms < 1.3 * plan.lower_bound_ms
+
+
 def test_one_rank_has_whole_tables() -> None:
     plan = plan_for(collection([(1000, 32), (50_000, 64), (500, 256)]), 1, 1, device="cpu")
     assert {sharding.sharding_type for sharding in plan.plan[""].values()} == {"table_wise"}
