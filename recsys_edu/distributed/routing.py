@@ -73,6 +73,10 @@ class Router:
         self.lane_row_L = torch.tensor(rows, dtype=torch.int32, device=device)
         self.split_row_S = torch.tensor([position[o.feature] for o in split], dtype=torch.int32, device=device)
         self.row_cuts_SK = _padded_cuts([output.table.row_cuts for output in split], device)
+        # Row-wise tables of all features, each on all ranks, lie in order from the start: then nothing is copied.
+        self.splits_all_in_order = self.split_row_S.tolist() == list(range(len(keys)))
+        num_rows = whole_F + (self.row_cuts_SK.shape[1] - 1) * len(split)
+        self.lanes_in_order = rows == list(range(num_rows))
 
     def route(self, kjt: KeyedJaggedTensor, with_source: bool = False) -> Wire:
         """Lay out the batch for its lanes.
@@ -93,21 +97,29 @@ class Router:
             values.append(values_N)
             sources.append(source_N)
         if len(self.split_row_S):
-            split_lengths_SB, split_values, _ = permute_2d(self.split_row_S, lengths_FB, values_N)
-            block_lengths, block_values, order = bucketize(split_lengths_SB, split_values, self.row_cuts_SK)
+            split_lengths_SB, split_values = lengths_FB, values_N
+            if not self.splits_all_in_order:
+                split_lengths_SB, split_values, _ = permute_2d(self.split_row_S, lengths_FB, values_N)
+            block_lengths, block_values, order = bucketize(
+                split_lengths_SB, split_values, self.row_cuts_SK, with_order=with_source
+            )
             lengths.append(block_lengths)
             values.append(block_values)
             if with_source:
                 _, split_source, _ = permute_2d(self.split_row_S, lengths_FB, source_N)
                 sources.append(split_source[order])
         all_lengths, all_values = _cat(lengths), _cat(values)
+        if self.lanes_in_order:
+            return Wire(all_lengths, all_values, _cat(sources) if with_source else None)
         lengths_LB, wire_values, _ = permute_2d(self.lane_row_L, all_lengths, all_values)
         if with_source:
             _, source_N, _ = permute_2d(self.lane_row_L, all_lengths, _cat(sources))
         return Wire(lengths_LB, wire_values, source_N)
 
 
-def bucketize(lengths_SB: Tensor, values_N: Tensor, row_cuts_SK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def bucketize(
+    lengths_SB: Tensor, values_N: Tensor, row_cuts_SK: Tensor, with_order: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Split every row's ids into blocks of rows and count them from their block's first row.
 
     Two blocks cut at row 3, one feature, bags [0, 4] and [3]:
@@ -121,7 +133,8 @@ def bucketize(lengths_SB: Tensor, values_N: Tensor, row_cuts_SK: Tensor) -> tupl
         row_cuts_SK: K + 1 row cuts per output, the first 0; unused ones repeat the table's number of rows.
 
     Returns:
-        lengths [K * S, B] block-major, block-local values [N], and for each of those its index in `values_N`.
+        lengths [K * S, B] block-major, block-local values [N], and for each of those its index in `values_N` (None
+        where it was not asked for).
     """
     if not use_fbgemm(values_N.device):
         return bucketize_reference(lengths_SB, values_N, row_cuts_SK)
@@ -131,13 +144,15 @@ def bucketize(lengths_SB: Tensor, values_N: Tensor, row_cuts_SK: Tensor) -> tupl
         lengths_SB.flatten(),
         values_N,
         False,
-        True,
+        with_order,
         cuts_SK[:, 1].contiguous(),
         cuts_SK.shape[1] - 1,
         block_bucketize_pos=list(cuts_SK.unbind()),
     )
-    order_N = torch.empty_like(position_N)
-    order_N[position_N] = torch.arange(position_N.numel(), dtype=position_N.dtype, device=position_N.device)
+    order_N = None
+    if with_order:
+        order_N = torch.empty_like(position_N)
+        order_N[position_N] = torch.arange(position_N.numel(), dtype=position_N.dtype, device=position_N.device)
     num_blocks = cuts_SK.shape[1] - 1
     return lengths.view(num_blocks * lengths_SB.shape[0], lengths_SB.shape[1]), values, order_N
 
