@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from numbers import Integral
 from typing import Any
 
 from recsys_edu.distributed.planner import constants as c
@@ -168,6 +169,9 @@ class BasicCommsBandwidths(GeneralizedCommsBandwidth):
         return self._intra_host_bw if world_size <= local_world_size else self._inter_host_bw
 
 
+DEVICES = ("cpu", "cuda", "mtia")
+
+
 class Topology:
     """Ranks, hosts, memory and links. Capacities in bytes per rank, bandwidths in bytes per millisecond.
 
@@ -210,10 +214,10 @@ class Topology:
         created_by_factory: bool = False,
     ) -> None:
         del created_by_factory
-        if compute_device not in ("cpu", "cuda", "mtia"):
-            raise ValueError(f"compute_device {compute_device!r}: expected 'cpu', 'cuda' or 'mtia'")
-        local_world_size = local_world_size or world_size
-        pod_size = pod_size or local_world_size
+        if compute_device not in DEVICES:
+            raise ValueError(f"compute_device {compute_device!r}: expected one of {list(DEVICES)}")
+        local_world_size = world_size if local_world_size is None else local_world_size
+        pod_size = local_world_size if pod_size is None else pod_size
         _check_sizes(world_size=world_size, local_world_size=local_world_size, pod_size=pod_size)
         if world_size % local_world_size:
             raise ValueError(f"world_size {world_size} is no multiple of local_world_size {local_world_size}")
@@ -231,6 +235,10 @@ class Topology:
         for name in ("hbm_mem_bw", "ddr_mem_bw", "ssd_mem_bw", "hbm_to_ddr_mem_bw", "intra_host_bw", "inter_host_bw"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: a bandwidth is above 0 bytes per millisecond")
+
+        for name in ("bwd_compute_multiplier", "weighted_feature_bwd_compute_multiplier"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a number, at least 0")
 
         default_hbm = 0 if compute_device == "cpu" else c.HBM_CAP
         caps: dict[str, list[int]] = {}
@@ -348,5 +356,5 @@ class Topology:
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}: expected at least 1")
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(f"{name} is {size!r}: expected a whole number, at least 1")

@@ -9,8 +9,10 @@ Suffix: T, tables, in the order of the model's modules and their configs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from recsys_edu.distributed.embedding_types import EmbeddingComputeKernel
 from recsys_edu.distributed.planner import constants as c
 from recsys_edu.distributed.planner.cost import Array, Lookups
-from recsys_edu.distributed.planner.topology import Topology
+from recsys_edu.distributed.planner.topology import DEVICES, Topology
 from recsys_edu.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
 from recsys_edu.distributed.types import ModuleSharder, ShardingType
 from recsys_edu.kernels.quantized_rows import RowFormat, row_alignment
@@ -116,9 +118,13 @@ def read_workload(
         PlannerError: nothing to shard; a constraint for an unknown table, with values out of range, of another length
             than the table has features, or that allow nothing.
     """
-    if batch_size < 1:
-        raise PlannerError(f"batch_size {batch_size}: expected at least 1", PlannerErrorType.INPUT_VALIDATION)
-    constraints = constraints or {}
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        message = f"batch_size {batch_size!r}: expected a whole number, at least 1"
+        raise PlannerError(message, PlannerErrorType.INPUT_VALIDATION)
+    constraints = {} if constraints is None else constraints
+    if not isinstance(constraints, Mapping):
+        message = f"constraints: expected a dict from table names to ParameterConstraints, got {constraints!r}"
+        raise PlannerError(message, PlannerErrorType.INPUT_VALIDATION)
     found = list(_find(module, sharders))
     if not found:
         known = sorted(s.module_type.__name__ for s in sharders)
@@ -166,7 +172,7 @@ def ids_per_batch(
     for path, child, sharder, parameters in _find(module, sharders):
         features = _features(child)
         for name, parameter in parameters.items():
-            constraint = (constraints or {}).get(name, NO_CONSTRAINTS)
+            constraint = constraints.get(name, NO_CONSTRAINTS) if isinstance(constraints, Mapping) else NO_CONSTRAINTS
             _check_form(name, constraint)
             if constraint.device_group in (None, topology.compute_device):
                 own = tuple(features.get(name, ("feature",)))
@@ -221,6 +227,11 @@ def _check_form(name: str, constraint: object) -> None:
                 f"table {name!r}: constraint {field}={value!r}: expected a list, such as [{value!r}]",
                 PlannerErrorType.INPUT_VALIDATION,
             )
+    if constraint.device_group not in (None, *DEVICES):
+        raise PlannerError(
+            f"table {name!r}: constraint device_group={constraint.device_group!r}: expected one of {list(DEVICES)}",
+            PlannerErrorType.INPUT_VALIDATION,
+        )
 
 
 def _check_together(tables: Sequence[Table]) -> None:
@@ -317,7 +328,7 @@ def _allowed_ranks(name: str, constraint: ParameterConstraints, topology: Topolo
         return None
     for field, size in fields.items():
         for number in given.get(field, ()):
-            if not 0 <= number < size:
+            if isinstance(number, bool) or not isinstance(number, Integral) or not 0 <= number < size:
                 raise PlannerError(
                     f"table {name!r}: constraint {field}={given[field]}, but there are 0 to {size - 1}",
                     PlannerErrorType.INPUT_VALIDATION,
@@ -409,9 +420,9 @@ def _per_feature(table: Table, field: str, given: Sequence[float] | None, defaul
             PlannerErrorType.INPUT_VALIDATION,
         )
     for feature, value in zip(table.features, values):
-        if not value >= 0:
+        if not isinstance(value, Real) or not 0 <= value < math.inf:
             raise PlannerError(
-                f"table {table.name!r}, feature {feature!r}: constraint {field} is {value}: expected a number >= 0",
+                f"table {table.name!r}, feature {feature!r}: constraint {field} is {value!r}: expected a number >= 0",
                 PlannerErrorType.INPUT_VALIDATION,
             )
     return values

@@ -95,7 +95,7 @@ def test_more_memory_never_costs_more() -> None:
 
 
 def test_dozens_of_tables_alike_are_repaired_in_a_few_steps() -> None:
-    """The giants fill 20 hosts of 22 but for a rest in which only half of the hundred tables of 12 GiB can lie whole."""
+    """The giants leave room for only some of the hundred tables of 12 GiB to lie whole."""
     plan = plan_for(repeated(TRILLION_3), 176, 8, gib=80)
     assert plan.cost_ms < 1.3 * plan.lower_bound_ms
 
@@ -217,6 +217,11 @@ def test_constraints_on_types_kernels_and_widths() -> None:
         ({"t0": ParameterConstraints(sharding_types=["data_parallel"], ranks=[1])}, "a copy on every rank, but the"),
         ({"t0": ParameterConstraints(sharding_types=["table_row_wise"], ranks=[1])}, "needs all 2 ranks of a host"),
         ({"t0": ParameterConstraints(min_partition=0)}, "min_partition 0"),
+        ({"t0": ParameterConstraints(pooling_factors=[float("inf")])}, "pooling_factors is inf"),
+        ({"t0": ParameterConstraints(pooling_factors=["1"])}, "pooling_factors is '1'"),
+        ({"t0": ParameterConstraints(ranks=[True])}, "ranks=\\[True\\], but there are 0 to 3"),
+        ({"t0": ParameterConstraints(device_group="tpu")}, "'t0': constraint device_group='tpu': expected one of"),
+        ([ParameterConstraints()], "expected a dict from table names"),
     ],
 )
 def test_bad_constraints(constraint: dict[str, ParameterConstraints], message: str) -> None:
@@ -227,13 +232,16 @@ def test_bad_constraints(constraint: dict[str, ParameterConstraints], message: s
 def test_bad_topologies() -> None:
     for arguments, message in (
         ({"world_size": 0}, "world_size is 0"),
+        ({"world_size": 2.0}, "world_size is 2.0: expected a whole number"),
+        ({"world_size": 2, "local_world_size": 0}, "local_world_size is 0"),
+        ({"world_size": 2, "bwd_compute_multiplier": -1.0}, "bwd_compute_multiplier is -1.0"),
         ({"world_size": 6, "local_world_size": 4}, "6 is no multiple of local_world_size 4"),
         ({"world_size": 2, "hbm_cap": -1}, "hbm_cap is -1"),
         ({"world_size": 2, "inter_host_bw": 0.0}, "inter_host_bw is 0"),
     ):
         with pytest.raises(ValueError, match=message):
             Topology(compute_device="cuda", **arguments)
-    with pytest.raises(ValueError, match="expected 'cpu', 'cuda'"):
+    with pytest.raises(ValueError, match=r"expected one of \['cpu', 'cuda', 'mtia'\]"):
         Topology(2, "abacus")
     with pytest.raises(ValueError, match="has 1 values for 2 ranks"):
         CustomTopologyData({"hbm_cap": [1]}, 2)
