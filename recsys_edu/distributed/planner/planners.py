@@ -151,6 +151,7 @@ class EmbeddingShardingPlanner(ShardingPlanner):
         callbacks: each may change the chosen options before they become the plan.
         timeout_seconds: bound on TorchRec's loop; the search needs none.
         plan_loader: a stored plan to use instead of searching.
+        suggest: where nothing fits, find out for the error what would, which takes longer than planning (ours).
         enumerator, proposer, partitioner, performance_model: with any of these, TorchRec's loop.
 
     Raises (when it plans):
@@ -174,6 +175,8 @@ class EmbeddingShardingPlanner(ShardingPlanner):
         callbacks: list[Callable[[list[ShardingOption]], list[ShardingOption]]] | None = None,
         timeout_seconds: int | None = None,
         plan_loader: PlanLoader | None = None,
+        *,
+        suggest: bool = True,
     ) -> None:
         self._topology = topology or default_topology()
         self._batch_size = BATCH_SIZE if batch_size is None else batch_size
@@ -188,6 +191,7 @@ class EmbeddingShardingPlanner(ShardingPlanner):
         self._callbacks = callbacks or []
         self._timeout_seconds = timeout_seconds
         self.plan_loader = plan_loader
+        self._suggest = suggest
 
     def collective_plan(
         self,
@@ -242,7 +246,7 @@ class EmbeddingShardingPlanner(ShardingPlanner):
         found = search(problem) if problem.valid_UJ.any(axis=1).all() else None
         if found is not None:
             return found
-        raise cannot_plan(workload, usable, self._topology)
+        raise cannot_plan(workload, usable, self._topology, self._suggest)
 
     def _plan_by_proposals(
         self, module: nn.Module, sharders: list[ModuleSharder[Any]], usable: Topology, start: float
@@ -284,7 +288,7 @@ class EmbeddingShardingPlanner(ShardingPlanner):
         if best is None:
             if self._enumerator is None:
                 workload = read_workload(module, sharders, self._topology, self._batch_size, self._constraints)
-                raise cannot_plan(workload, usable, self._topology)
+                raise cannot_plan(workload, usable, self._topology, self._suggest)
             raise PlannerError(
                 f"none of {num_proposals} proposals could be placed; the last one: {last_error}",
                 PlannerErrorType.PARTITION,

@@ -68,8 +68,8 @@ def least_share(problem: Problem) -> float:
     return max(shares)
 
 
-def cannot_plan(workload: Workload, topology: Topology, given: Topology) -> PlannerError:
-    """The error to raise: which tables are in the way, and what would help."""
+def cannot_plan(workload: Workload, topology: Topology, given: Topology, suggest: bool = True) -> PlannerError:
+    """The error to raise: which tables are in the way, and, with `suggest`, what would help."""
     grid = enumerate_options(workload, topology)
     problem = make_problem(grid, topology)
     impossible = np.flatnonzero(~problem.valid_UJ.any(axis=1)).tolist()
@@ -80,7 +80,7 @@ def cannot_plan(workload: Workload, topology: Topology, given: Topology) -> Plan
     reserved = getattr(given.devices[0].storage, kind) - getattr(topology.devices[0].storage, kind)
     if reserved > 0 and not contradicts:
         lines.append(f"(the storage reservation keeps {show_bytes(reserved)} of each rank's {_NAMES[kind]} back)")
-    remedies = smallest_changes(workload, topology)
+    remedies = smallest_changes(workload, topology) if suggest else []
     lines += ["Any one of these would do:", *(f"  - {remedy}" for remedy in remedies)] if remedies else []
     error = PlannerErrorType.STRICT_CONSTRAINTS if contradicts else PlannerErrorType.INSUFFICIENT_STORAGE
     return PlannerError("no plan fits. " + "\n".join(lines), error)

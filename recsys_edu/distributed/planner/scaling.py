@@ -62,7 +62,7 @@ def scaling_curve(
     for world_size in world_sizes:
         size = max(1, round(batch_size * topology.world_size / world_size)) if strong else batch_size
         machines = resized(topology, world_size)
-        planner = EmbeddingShardingPlanner(topology=machines, batch_size=size)
+        planner = EmbeddingShardingPlanner(topology=machines, batch_size=size, suggest=False)
         try:
             plan = planner.plan(model, get_default_sharders())
         except PlannerError as error:
