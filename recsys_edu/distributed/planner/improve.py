@@ -24,7 +24,7 @@ MOST_TARGETS = 3  # ranks with which an exchange is tried
 MOST_PAIRED = 14  # rectangles of a rank that are exchanged in pairs
 PATIENCE = 4  # attempts in a row that were in vain; more where the plan is far from the bound
 MOST_PATIENCE = 16
-GOOD_ENOUGH = 1.001
+GOOD_ENOUGH = 1.0025  # of the bound: no estimate is as exact as that
 DOUBLINGS = 7  # of the exponent with which loads count in `unevenness`
 
 
