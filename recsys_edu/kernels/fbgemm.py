@@ -80,6 +80,7 @@ class Layout:
     total_dim: int
     max_dim: int
     row_starts: Tensor  # hash_size_cumsum, [L + 1]
+    rows_before_L: Tensor | None  # in the buffer seen as rows of one width; None where tables differ in width
     row_bits: int
 
 
@@ -91,12 +92,17 @@ def layout(shapes: tuple[tuple[int, int], ...], lane_tables: tuple[int, ...], de
     # FBGEMM tells tables apart by where their rows start: one without rows counts as having one, never looked up.
     rows = list(itertools.accumulate((max(rows, 1) for rows, _ in shapes), initial=0))
     columns = list(itertools.accumulate((shapes[table][1] for table in lane_tables), initial=0))
+    widths = {dim for _, dim in shapes}
+    rows_before = (
+        [elements[table] // shapes[table][1] for table in lane_tables] if len(widths) == 1 and 0 not in widths else None
+    )
     return Layout(
         weights_offsets_L=torch.tensor([elements[table] for table in lane_tables], device=device),
         columns=torch.tensor(columns, dtype=torch.int32, device=device),
         total_dim=columns[-1],
         max_dim=max((shapes[table][1] for table in lane_tables), default=0),
         row_starts=torch.tensor([rows[table] for table in lane_tables] + rows[-1:], device=device),
+        rows_before_L=None if rows_before is None else torch.tensor(rows_before, device=device),
         row_bits=rows[-1].bit_length(),
     )
 
@@ -125,6 +131,37 @@ def flat_pooled_lookup(
     )
 
 
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def _single_id_offsets(count: int, dtype: torch.dtype) -> Tensor:
+    return torch.arange(count, dtype=dtype)
+
+
+def single_id_lookup(
+    flat: Tensor, where: Layout, values_N: Tensor, offsets: Tensor, per_sample_weights_N: Tensor | None = None
+) -> Tensor | None:
+    """`flat_pooled_lookup` without gradients where every bag holds one id; None where one does not, or on one thread.
+
+    Bags of one id are a gather, and PyTorch's gather, slower on one thread, uses all that there are:
+
+        ids, lane after lane [L, B]  ->  rows of the buffer, example after example [B, L]  ->  [B, L * D]
+    """
+    traced = type(values_N) is not Tensor or torch.compiler.is_compiling()
+    if traced or values_N.device.type != "cpu" or torch.get_num_threads() == 1 or where.rows_before_L is None:
+        return None
+    if values_N.numel() != offsets.numel() - 1:
+        return None
+    if not torch.equal(offsets, _single_id_offsets(offsets.numel(), offsets.dtype)):
+        return None
+    num_lanes = where.rows_before_L.numel()
+    ids_BL = values_N.view(num_lanes, -1).T
+    rows_BL = torch.add(ids_BL, where.rows_before_L, out=torch.empty(ids_BL.shape, dtype=torch.int64))
+    found_ND = flat.view(-1, where.max_dim).index_select(0, rows_BL.view(-1)).float()
+    if per_sample_weights_N is not None:
+        found_ND = found_ND * per_sample_weights_N.view(num_lanes, -1).T.reshape(-1, 1)
+    return found_ND.view(-1, where.total_dim)
+
+
 class FbgemmFusedTables(nn.Module):
     """Tables whose optimizer FBGEMM runs inside backward (SplitTableBatchedEmbeddingBagsCodegen).
 
@@ -145,6 +182,14 @@ class FbgemmFusedTables(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 return self.lookup(values_N, offsets, per_sample_weights_N)
         spec = self.spec
+        if spec.pooled and not torch.is_grad_enabled():
+            tables = tuple(
+                (max(rows, 1), spec.tables[table].dim) for table, rows in zip(self.table_order, self.num_rows)
+            )
+            where = layout(tables, tuple(map(self.table_order.index, spec.lane_tables)), values_N.device)
+            single = single_id_lookup(self.tbe.weights_host, where, values_N, offsets, per_sample_weights_N)
+            if single is not None:
+                return single
         chunks = chunks_for(spec.lane_tables, spec.lane_dims, values_N, backward=torch.is_grad_enabled())
         wanted = per_sample_weights_N is not None and per_sample_weights_N.requires_grad
         # The raw call for a CPU knows bags only, and would take the gradient of sample weights from updated tables.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from recsys_edu.kernels import reference
 from recsys_edu.kernels.chunks import Chunk, Ids, LookupInChunks, chunks_for, cut, lookup_in_chunks
-from recsys_edu.kernels.fbgemm import Layout, flat_pooled_lookup, layout, why_not_lookup
+from recsys_edu.kernels.fbgemm import Layout, flat_pooled_lookup, layout, single_id_lookup, why_not_lookup
 
 BACKENDS = ("fbgemm", "pytorch")
 
@@ -163,6 +163,10 @@ def _flat_lookup(flat: Tensor, weights: Sequence[Tensor], lane_tables: tuple[int
             return flat_pooled_lookup(root, layouts[chunk], part.values_N, part.offsets, part.per_sample_weights_N)
 
     if not backward:
+        where = layout(shapes, lane_tables, flat.device)
+        single = single_id_lookup(flat, where, ids.values_N, ids.offsets, ids.per_sample_weights_N)
+        if single is not None:
+            return single
         return lookup_in_chunks(lookup, chunks, len(lane_tables), True, ids)
     roots = [_Neighbours.apply(flats[chunk], span.used, *weights[span.tables]) for chunk, span in zip(chunks, spans)]
     return LookupInChunks.apply(

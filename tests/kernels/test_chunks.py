@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_helpers import assert_same_tables, make_spec, random_batch, with_random_weights
 
-from recsys_edu.kernels import chunks, make_kernel
+from recsys_edu.kernels import chunks, fbgemm, lookup, make_kernel
 from recsys_edu.kernels.chunks import Chunk, chunks_for, cut, on_threads
 from recsys_edu.kernels.modules import FbgemmFusedKernel
 from recsys_edu.kernels.quantized import QuantizedKernel, QuantizedSpec
@@ -135,6 +135,41 @@ def test_modes_of_the_caller_hold_on_every_thread(monkeypatch, mode, optimizer):
     assert count == 3
     assert torch.equal(one, other)
     assert not other.requires_grad
+
+
+@pytest.mark.fbgemm
+@pytest.mark.parametrize("id_type", [torch.int32, torch.int64])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("data_type", [DataType.FP32, DataType.FP16])
+@pytest.mark.parametrize("optimizer", [None, "SGD", "ADAM"])
+@pytest.mark.parametrize("lanes", LANES)
+def test_bags_of_one_id_are_gathered_to_the_same_numbers(monkeypatch, lanes, optimizer, data_type, weighted, id_type):
+    spec = make_spec(lanes, True, optimizer, data_type, ROWS, dims=(8, 8, 8, 8))
+    kernel = make_kernel(spec, backend="fbgemm")
+    with_random_weights(kernel)
+    gathered = []
+    real = fbgemm.single_id_lookup
+
+    def spied(*arguments):
+        gathered.append(real(*arguments))
+        return gathered[-1]
+
+    for module in (fbgemm, lookup):
+        monkeypatch.setattr(module, "single_id_lookup", spied)
+    ids = torch.cat([torch.randint(rows, (25,)) for rows in spec.lane_rows]).to(id_type)
+    offsets = torch.arange(len(ids) + 1, dtype=id_type)
+    weights = torch.rand(len(ids)) if weighted else None
+    with torch.no_grad():
+        by_gather = kernel(ids, offsets, weights)
+        assert gathered.pop() is not None
+        torch.set_num_threads(1)
+        by_call = kernel(ids, offsets, weights)
+        assert gathered.pop() is None
+        torch.set_num_threads(THREADS)
+        offsets[1] = 2  # as many ids as bags, but two in the first and none in the second
+        kernel(ids, offsets, weights)
+        assert gathered.pop() is None
+    assert torch.equal(by_gather, by_call)
 
 
 @pytest.mark.fbgemm
