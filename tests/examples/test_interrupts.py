@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ["-m", "recsys_edu.examples.train_dlrm", "--dataset", "synthetic-criteo", "--steps", "100000"]
 INTERRUPTED = 130
+QUIET = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}  # a missing FBGEMM is said in a warning
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="a test cannot press Ctrl-C on Windows"),
     pytest.mark.timeout(120),
@@ -35,7 +36,7 @@ def interrupt(arguments: list[str], when: Condition, **environment: str) -> tupl
     program = subprocess.Popen(
         [sys.executable, "-u", *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | QUIET | {"PYTHONPATH": str(ROOT)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
