@@ -176,6 +176,8 @@ class FbgemmFusedTables(nn.Module):
         self.num_rows = [spec.tables[table].num_rows for table in self.table_order]
         self.cached = spec.memory is TableMemory.HOST_CACHED
         self.tbe = _table_batched(spec, self.table_order, device)
+        shapes = tuple((max(rows, 1), spec.tables[table].dim) for table, rows in zip(self.table_order, self.num_rows))
+        self.layout = layout(shapes, tuple(map(self.table_order.index, spec.lane_tables)), device)
 
     def lookup(self, values_N: Tensor, offsets: Tensor, per_sample_weights_N: Tensor | None) -> Tensor:
         if torch.is_inference_mode_enabled():  # where FBGEMM's operators have no kernel on a CPU
@@ -183,11 +185,7 @@ class FbgemmFusedTables(nn.Module):
                 return self.lookup(values_N, offsets, per_sample_weights_N)
         spec = self.spec
         if spec.pooled and not torch.is_grad_enabled():
-            tables = tuple(
-                (max(rows, 1), spec.tables[table].dim) for table, rows in zip(self.table_order, self.num_rows)
-            )
-            where = layout(tables, tuple(map(self.table_order.index, spec.lane_tables)), values_N.device)
-            single = single_id_lookup(self.tbe.weights_host, where, values_N, offsets, per_sample_weights_N)
+            single = single_id_lookup(self.tbe.weights_host, self.layout, values_N, offsets, per_sample_weights_N)
             if single is not None:
                 return single
         chunks = chunks_for(spec.lane_tables, spec.lane_dims, values_N, backward=torch.is_grad_enabled())
